@@ -1,0 +1,1 @@
+"""Exporters: checkpoint to ONNX bundle; installed as mvam_fast.export."""

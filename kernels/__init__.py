@@ -1,0 +1,1 @@
+"""Triton kernels of multi-view attention pooling; imported as mvam_fast.kernels."""

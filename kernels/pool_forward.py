@@ -1,0 +1,170 @@
+"""Forward of multi-view attention pooling: one read of the tokens, A never stored.
+
+One program per sample b walks over tiles of BN tokens with an online softmax in base 2:
+
+    s_in = scale · log2(e) · ⟨c_i, k_n⟩          -inf where token n takes no part
+    μ'_i = max(μ_i, max_n s_in)                   α_i  = 2^(μ_i − μ'_i)
+    p_in = 2^(s_in − μ'_i)                        l_i  = l_i α_i + Σ_n p_in
+    P_i  = P_i α_i + Σ_n p_in x_n                 G_ij = G_ij α_i α_j + Σ_n p_in p_jn
+
+and at the end P_i / l_i, G_ij / (l_i l_j), lse_i = ln(2) (μ_i + log2 l_i), +inf for a sample without a valid token,
+whose P and G are 0. l sums the *rounded* p that multiplies x, so rows of A sum to 1 in any precision.
+"""
+import torch
+import triton
+import triton.language as tl
+
+from . import tiles
+from .blocks import dot, load_rows, store_rows
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def pool_forward_kernel(
+    X,  # [B, N, D]   tokens
+    K,  # [B, N, DK]  keys; X itself when not SEPARATE
+    C,  # [M, DK] or [B, M, DK]  view codes, contiguous
+    LENGTHS,  # [B] int32, MASKING == 1
+    MASK,  # [B, N] int32, MASKING == 2, contiguous
+    P,  # [B, M, D]   out: pooled views, contiguous
+    G,  # [B, M, M]   out: Gram matrix, float32
+    LSE,  # [B, M]    out: log-sum-exp of the logits, float32
+    N,
+    stride_xb, stride_xn,
+    stride_kb, stride_kn,
+    stride_cb,  # 0 when the codes are shared
+    scale,  # of the logits, times log2(e)
+    M: tl.constexpr,
+    MP: tl.constexpr,  # M padded to a power of two
+    D: tl.constexpr,
+    DW: tl.constexpr,
+    NC: tl.constexpr,
+    DK: tl.constexpr,
+    DKW: tl.constexpr,
+    NCK: tl.constexpr,
+    NW: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+    SEPARATE: tl.constexpr,
+    MASKING: tl.constexpr,
+    GRAM: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    zero = b * 0  # int64 zero: what a tile offset is added to before it meets a stride
+    views = tl.arange(0, MP)
+    view_ok = views < M
+    columns = tl.arange(0, NW)[:, None] * DW + tl.arange(0, DW)[None, :]
+    key_columns = tl.arange(0, NW)[:, None] * DKW + tl.arange(0, DKW)[None, :]
+    dtype: tl.constexpr = X.dtype.element_ty
+
+    codes = ()
+    for k in tl.static_range(NCK):
+        codes = codes + (
+            load_rows(C + b * stride_cb, views, k * NW * DKW + key_columns, DK, view_ok, DK, NCK * NW * DKW != DK),
+        )
+    acc = ()
+    for k in tl.static_range(NC):
+        acc = acc + (tl.zeros([NW, MP, DW], tl.float32),)
+    mu = tl.full([MP], float("-inf"), tl.float32)
+    l_parts = tl.zeros([MP, BN], tl.float32)  # l before its sum over n, taken once at the end
+    gram = tl.zeros([MP, MP], tl.float32)
+
+    count = N
+    if MASKING == 1:
+        count = tl.minimum(tl.maximum(tl.load(LENGTHS + b), 0), N)
+    for n0 in tl.range(0, count, BN, num_stages=STAGES):
+        n = tl.arange(0, BN)
+        ok = n0 + n < count
+        if MASKING == 2:
+            ok = tl.load(MASK + b * N + n0 + n, mask=ok, other=0) != 0
+        x_tile = X + b * stride_xb + (zero + n0) * stride_xn
+        xs = ()
+        s3 = tl.zeros([NW, MP, BN], tl.float32)
+        if SEPARATE:
+            k_tile = K + b * stride_kb + (zero + n0) * stride_kn
+            for k in tl.static_range(NCK):
+                key = load_rows(k_tile, n, k * NW * DKW + key_columns, stride_kn, ok, DK, NCK * NW * DKW != DK)
+                s3 = dot(codes[k], tl.permute(key, 0, 2, 1), s3, UPCAST)
+        for k in tl.static_range(NC):
+            x = load_rows(x_tile, n, k * NW * DW + columns, stride_xn, ok, D, NC * NW * DW != D)
+            xs = xs + (x,)
+            if not SEPARATE:
+                s3 = dot(codes[k], tl.permute(x, 0, 2, 1), s3, UPCAST)
+        s = tl.where(ok[None, :], tl.sum(s3, 0) * scale, float("-inf"))
+
+        mu_new = tl.maximum(mu, tl.max(s, 1))
+        mu_safe = tl.where(mu_new == float("-inf"), 0.0, mu_new)  # nothing valid so far: no -inf - -inf
+        alpha = tl.exp2(mu - mu_safe)
+        p = tl.exp2(s - mu_safe[:, None]).to(dtype)
+        l_parts = l_parts * alpha[:, None] + p.to(tl.float32)
+        p3 = tl.broadcast_to(p[None, :, :], [NW, MP, BN])
+        scaled = ()
+        for k in tl.static_range(NC):
+            scaled = scaled + (dot(p3, xs[k], acc[k] * alpha[None, :, None], UPCAST),)
+        acc = scaled
+        if GRAM:
+            gram = dot(p, tl.trans(p), gram * (alpha[:, None] * alpha[None, :]), UPCAST)
+        mu = mu_new
+
+    l = tl.sum(l_parts, 1)
+    occupied = l > 0
+    l = tl.where(occupied, l, 1.0)
+    inverse = tl.where(occupied, 1.0 / l, 0.0)
+    for k in tl.static_range(NC):
+        pooled = acc[k] * inverse[None, :, None]
+        store_rows(P + b * M * D, views, k * NW * DW + columns, D, view_ok, pooled, D, NC * NW * DW != D)
+    if GRAM:
+        pairs = view_ok[:, None] & view_ok[None, :]
+        gram = gram * inverse[:, None] * inverse[None, :]
+        tl.store(G + b * M * M + views[:, None] * M + views[None, :], gram, mask=pairs)
+    tl.store(LSE + b * M + views, tl.where(occupied, (mu + tl.log2(l)) * LN_2, float("inf")), mask=view_ok)
+
+
+def pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram):
+    """Launches the kernel: P [B,M,D], G [B,M,M] float32 ([B,0,0] without), lse [B,M] float32."""
+    batch, length, width = tokens.shape
+    views = codes.shape[-2]
+    separate = keys is not None
+    tokens = rows_contiguous(tokens)
+    keys = rows_contiguous(keys) if separate else tokens
+    codes = codes.contiguous()
+    tile = tiles.choose("forward", tokens, views, codes.shape[-1] if separate else None)
+    out = tiles.output_dtype(tokens.dtype)
+    pooled = torch.empty(batch, views, width, dtype=out, device=tokens.device)
+    side = views if need_gram else 0
+    gram = torch.empty(batch, side, side, dtype=torch.float32, device=tokens.device)
+    lse = torch.empty(batch, views, dtype=torch.float32, device=tokens.device)
+    if batch:
+        with tiles.device_of(tokens):
+            pool_forward_kernel[(batch,)](
+                tokens, keys, codes, *masking(lengths, mask), pooled, gram, lse, length,
+                tokens.stride(0), tokens.stride(1), keys.stride(0), keys.stride(1),
+                codes.stride(0) if codes.dim() == 3 else 0,
+                scale * LOG2_E,
+                **tile.constants(views, width, keys.shape[2]),
+                SEPARATE=separate,
+                MASKING=1 if lengths is not None else 2 if mask is not None else 0,
+                GRAM=need_gram,
+                **tile.options(),
+            )
+    return pooled.to(tokens.dtype), gram, lse
+
+
+def rows_contiguous(tensor):
+    """The tensor itself when its last axis is contiguous, whatever the strides of the others; else a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def masking(lengths, mask):
+    """The kernel's LENGTHS and MASK: int32, contiguous, None for what is not given.
+
+    int32 although a mask is boolean: narrower loads cannot be copied asynchronously, and since the mask guards the
+    loads of the tokens, those would not be either.
+    """
+    return (
+        None if lengths is None else lengths.to(torch.int32).contiguous(),
+        None if mask is None else mask.to(torch.int32).contiguous(),
+    )

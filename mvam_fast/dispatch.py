@@ -1,0 +1,93 @@
+"""Which path the op takes, and why: decided per call from the device, the dtypes, the widths and the user's wish."""
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+class Path(NamedTuple):
+    """`forward`, `backward`: "triton", "torch" or "reference"; `reason`: why, in words."""
+
+    forward: str
+    backward: str
+    reason: str
+
+
+_state = threading.local()
+
+
+def last_backend() -> Path | None:
+    """The path that this thread's last `multi_view_pool` took, and why; None before the first call.
+
+    A compiled graph decides once, while it is traced, and does not update this.
+    """
+    return getattr(_state, "path", None)
+
+
+def choose(tokens: Tensor, codes: Tensor, keys: Tensor | None, backend: str) -> Path:
+    """The path for these inputs. A wish for "triton" that cannot be met is an error; "auto" then says why it is not."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return Path("reference", "reference", "a graph is being exported: plain operators only")
+    source = "the backend argument"
+    if backend == "auto":
+        backend, source = _environment()
+    if backend == "torch":
+        path = Path("torch", "torch", f"{source} asks for torch")
+    elif backend == "auto" and tokens.device.type == "cpu":
+        path = Path("torch", "torch", "the tokens are on the CPU (Triton's interpreter runs only when asked for)")
+    else:
+        path = _kernel_path(tokens, codes, keys)
+        if backend == "triton":
+            if path.forward != "triton":
+                raise ValueError(f"{source} asks for triton, which cannot run here: {path.reason}")
+            path = path if path.backward != "triton" else path._replace(reason=f"{source} asks for triton")
+    if not torch.compiler.is_compiling():
+        _state.path = path
+    return path
+
+
+@torch.compiler.assume_constant_result
+def _environment() -> tuple[str, str]:
+    wish = os.environ.get("MVAM_BACKEND", "auto")
+    if wish not in BACKENDS:
+        raise ValueError(f"the environment variable MVAM_BACKEND is {wish!r}; it must be one of {', '.join(BACKENDS)}")
+    return wish, "the environment variable MVAM_BACKEND"
+
+
+def _kernel_path(tokens: Tensor, codes: Tensor, keys: Tensor | None) -> Path:
+    key_width = None if keys is None else keys.shape[2]
+    forward_no, backward_no = _kernel_obstacles(
+        tokens.device.type, tokens.device.index, tokens.dtype, tokens.shape[2], key_width, codes.shape[-2]
+    )
+    if forward_no:
+        return Path("torch", "torch", forward_no)
+    if backward_no:
+        return Path("triton", "torch", f"forward: a kernel exists; backward: {backward_no}")
+    return Path("triton", "triton", "the kernels support these inputs")
+
+
+@torch.compiler.assume_constant_result
+def _kernel_obstacles(
+    device: str, index: int | None, dtype: torch.dtype, width: int, key_width: int | None, views: int
+) -> tuple[str, str]:
+    """Why the forward, and the backward, kernel cannot run: two reasons, each empty where it can."""
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return ("the tokens are on the CPU and TRITON_INTERPRET is not 1",) * 2
+    if device not in ("cpu", "cuda") or (device == "cuda" and torch.version.hip is not None):
+        return (f"the kernels are built for NVIDIA GPUs, the tokens are on {device}",) * 2
+    if importlib.util.find_spec("triton") is None:
+        return ("triton is not installed (pip install triton)",) * 2
+    from .kernels import tiles
+
+    # The interpreter has no architecture, and so no limit of shared memory.
+    capability = torch.cuda.get_device_capability(index) if device == "cuda" else None
+    return tuple(tiles.obstacle(kernel, capability, dtype, width, key_width, views) for kernel in tiles.KERNELS)
