@@ -49,7 +49,7 @@ def compile_kernel(
     masking: int = 0,
     tile: tiles.Tile | None = None,
 ) -> Resources:
-    """Compiles `kernel` ("forward" or "backward", everything wanted) for sm_`capability`, by default with its table entry."""
+    """Compiles `kernel` ("forward" or "backward", all outputs) for sm_`capability` with its tile of the table."""
     separate = key_width is not None
     tile = tile or tiles.tile_for(kernel, (capability // 10, capability % 10), dtype, width, key_width, views)
     constants = {

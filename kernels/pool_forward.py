@@ -66,7 +66,7 @@ def pool_forward_kernel(
             load_rows(C + b * stride_cb, views, k * NW * DKW + key_columns, DK, view_ok, DK, NCK * NW * DKW != DK),
         )
     acc = ()
-    for k in tl.static_range(NC):
+    for _ in tl.static_range(NC):
         acc = acc + (tl.zeros([NW, MP, DW], tl.float32),)
     mu = tl.full([MP], float("-inf"), tl.float32)
     l_parts = tl.zeros([MP, BN], tl.float32)  # l before its sum over n, taken once at the end
@@ -109,10 +109,10 @@ def pool_forward_kernel(
             gram = dot(p, tl.trans(p), gram * (alpha[:, None] * alpha[None, :]), UPCAST)
         mu = mu_new
 
-    l = tl.sum(l_parts, 1)
-    occupied = l > 0
-    l = tl.where(occupied, l, 1.0)
-    inverse = tl.where(occupied, 1.0 / l, 0.0)
+    total = tl.sum(l_parts, 1)
+    occupied = total > 0
+    total = tl.where(occupied, total, 1.0)
+    inverse = tl.where(occupied, 1.0 / total, 0.0)
     for k in tl.static_range(NC):
         pooled = acc[k] * inverse[None, :, None]
         store_rows(P + b * M * D, views, k * NW * DW + columns, D, view_ok, pooled, D, NC * NW * DW != D)
@@ -120,7 +120,7 @@ def pool_forward_kernel(
         pairs = view_ok[:, None] & view_ok[None, :]
         gram = gram * inverse[:, None] * inverse[None, :]
         tl.store(G + b * M * M + views[:, None] * M + views[None, :], gram, mask=pairs)
-    tl.store(LSE + b * M + views, tl.where(occupied, (mu + tl.log2(l)) * LN_2, float("inf")), mask=view_ok)
+    tl.store(LSE + b * M + views, tl.where(occupied, (mu + tl.log2(total)) * LN_2, float("inf")), mask=view_ok)
 
 
 def pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram):

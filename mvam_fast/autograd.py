@@ -76,7 +76,7 @@ def autocast_off(device_type: str):
 
 
 class PoolFunction(torch.autograd.Function):
-    """(P, G) of `reference.multi_view_pool`; each direction on the kernels or on `portable`, which share what is saved."""
+    """(P, G) of `reference.multi_view_pool`; each direction on the kernels or on `portable`: both save the same."""
 
     @staticmethod
     def forward(ctx, tokens, codes, keys, lengths, mask, scale, need_gram, kernel_forward, kernel_backward):

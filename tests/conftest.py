@@ -17,7 +17,9 @@ def _poisoned_empty(monkeypatch):
 
     def poisoned(*size, **options):
         tensor = empty(*size, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
+        if tensor.is_floating_point() and not tensor.is_meta:
+            tensor.detach().fill_(float("nan"))
+        return tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
 
