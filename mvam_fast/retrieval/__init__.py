@@ -1,0 +1,1 @@
+"""Data, training, retrieval evaluation and pictures."""
