@@ -1,7 +1,9 @@
 """MVAM: multi-view pooling over both towers of an open_clip model."""
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 from pathlib import Path
 
 import torch
@@ -165,12 +167,26 @@ class MVAM(nn.Module):
         settings = read_json(folder / MVAM_CONFIG, "folder")
         settings.pop("mvam_fast", None)
         config = read_json(folder / OPEN_CLIP_CONFIG, "folder")
-        clip = require("open_clip", extra="train").create_model(
-            f"local-dir:{folder}", load_weights=False, pretrained_text=False
-        )
+        open_clip = require("open_clip", extra="train")
+        with _no_weights_yet():
+            clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
         model = cls(clip, backend=backend, open_clip_config=config, **settings)
         load_weights(model, folder / WEIGHTS)
         return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _no_weights_yet():
+    """Silences open_clip's warning that the model is random: its weights are loaded right after."""
+
+    def is_other(record):
+        return not record.getMessage().startswith("No pretrained weights loaded")
+
+    logging.getLogger().addFilter(is_other)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(is_other)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

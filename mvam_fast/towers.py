@@ -135,7 +135,7 @@ class TextTower:
         if need_pooled:
             position = {"first": 0, "last": -1}.get(self.pool_type)
             if end is not None:
-                pooled = self.project(hidden[torch.arange(len(end), device=end.device), end])
+                pooled = self.project(hidden[torch.arange(end.shape[0], device=end.device), end])
             elif position is not None:
                 pooled = self.project(hidden[:, position])
             else:

@@ -1,0 +1,4 @@
+"""Running exported encoders."""
+from .encoder import Encoder
+
+__all__ = ["Encoder"]
