@@ -69,6 +69,10 @@ class KarpathyDataset:
     def __len__(self) -> int:
         return len(self.image_paths)
 
+    def load_image(self, index: int):
+        """The image as RGB (PIL)."""
+        return read_image(self.image_paths[index])
+
 
 class PairBatches:
     """An endless stream of batches: distinct images, one caption drawn for each. A function of (seed, step) alone.
@@ -158,7 +162,7 @@ class ImageStore:
         if str(path) in self.unreadable:
             return None
         try:
-            image = read_image(path)
+            image = self.dataset.load_image(index)
         except UnreadableImage as error:
             if self.strict:
                 raise

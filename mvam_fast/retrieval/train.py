@@ -191,7 +191,7 @@ def _optimizer(model: MVAM, config: TrainConfig) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         (plain if parameter.ndim < 2 or name in spared else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
