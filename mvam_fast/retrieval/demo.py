@@ -49,12 +49,11 @@ def config_of(name: str, data: Path, out: Path, *, steps: int, seed: int) -> Tra
 def train_pair(data: Path, out: Path, *, steps: int, seed: int) -> None:
     """Trains both runs side by side, one thread each, as processes of their own. What is finished is not done again."""
     processes = {}
-    for line, name in enumerate(RUNS):
+    for line, name in enumerate(RUNS):  # each bar has a line of its own
         config = config_of(name, data, out / name, steps=steps, seed=seed)
         command = [sys.executable, "-m", "mvam_fast.cli", "train", *_flags(config)]
-        # Each bar has a line of its own.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_POSITION": str(line)}
-        processes[name] = subprocess.Popen(command, env=environment)
+        processes[name] = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     failed = [name for name, process in processes.items() if process.wait()]
     if failed:
         raise RuntimeError(f"the training of {', '.join(failed)} failed; its message is above")

@@ -102,12 +102,13 @@ def evaluate(
 def recall_table(metrics_by_name: dict[str, dict]) -> str:
     """A table for people: one row per model, recall both ways, RSUM and median ranks."""
     keys = [f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)]
-    header = f"{'':14}" + "".join(f"{key.replace('_r', ' R@'):>10}" for key in keys) + f"{'RSUM':>9}{'median rank':>14}"
+    width = max(map(len, metrics_by_name)) + 2
+    header = " " * width + "".join(f"{key.replace('_r', ' R@'):>10}" for key in keys) + f"{'RSUM':>9}{'median rank':>14}"
     lines = [header]
     for name, metrics in metrics_by_name.items():
         ranks = ""
         if "i2t_median_rank" in metrics:
             ranks = f"{metrics['i2t_median_rank']:.0f} / {metrics['t2i_median_rank']:.0f}"
         cells = "".join(f"{metrics[key]:10.1f}" for key in keys)
-        lines.append(f"{name:14}{cells}{metrics['rsum']:9.1f}{ranks:>14}")
+        lines.append(f"{name:{width}}{cells}{metrics['rsum']:9.1f}{ranks:>14}")
     return "\n".join(lines)
