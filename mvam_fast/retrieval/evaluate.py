@@ -103,8 +103,8 @@ def recall_table(metrics_by_name: dict[str, dict]) -> str:
     """A table for people: one row per model, recall both ways, RSUM and median ranks."""
     keys = [f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)]
     width = max(map(len, metrics_by_name)) + 2
-    header = " " * width + "".join(f"{key.replace('_r', ' R@'):>10}" for key in keys) + f"{'RSUM':>9}{'median rank':>14}"
-    lines = [header]
+    names = "".join(f"{key.replace('_r', ' R@'):>10}" for key in keys)
+    lines = [f"{'':{width}}{names}{'RSUM':>9}{'median rank':>14}"]
     for name, metrics in metrics_by_name.items():
         ranks = ""
         if "i2t_median_rank" in metrics:

@@ -166,7 +166,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         "parameters": sum(p.numel() for p in model.parameters()), "unreadable": unreadable,
     })  # fmt: skip
     if unreadable:
-        print(f"{len(unreadable)} unreadable images were skipped; they are listed in {out / 'result.json'}")
+        where = out / "result.json"
+        print(f"{len(unreadable)} unreadable images were skipped; they are listed in {where}", file=sys.stderr)
     return out / "model"
 
 
