@@ -23,6 +23,12 @@ class Path(NamedTuple):
 _state = threading.local()
 
 
+def _constant_when_traced(function):
+    """`torch.compiler.assume_constant_result`, which imports torch._dynamo (a second) for setting this mark."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def last_backend() -> Path | None:
     """The path that this thread's last `multi_view_pool` took, and why; None before the first call.
 
@@ -55,7 +61,7 @@ def choose(tokens: Tensor, codes: Tensor, keys: Tensor | None, backend: str) -> 
     return path
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _environment() -> tuple[str, str]:
     wish = os.environ.get("MVAM_BACKEND", "auto")
     if wish not in BACKENDS:
@@ -75,7 +81,7 @@ def _kernel_path(tokens: Tensor, codes: Tensor, keys: Tensor | None) -> Path:
     return Path("triton", "triton", "the kernels support these inputs")
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _kernel_obstacles(
     device: str, index: int | None, dtype: torch.dtype, width: int, key_width: int | None, views: int
 ) -> tuple[str, str]:

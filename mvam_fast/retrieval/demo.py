@@ -98,7 +98,7 @@ def demo(
             "caption": "Both runs share data, seed, schedule and total width.",
         }]  # fmt: skip
         folder, baseline = out / "mvam/model", out / "baseline/model"
-        figures += visualize(folder, data, images, out, baseline=baseline, count=5, seed=seed, progress=False)
+        figures += visualize(folder, data, images, out, baseline=baseline, count=4, seed=seed, progress=False)
     with clock("export"):
         bundle = export_bundle(folder, out / "bundle")
         export = {**bundle, "check": _check_encoder(out / "bundle", folder, data)}

@@ -195,12 +195,12 @@ def visualize(
             ],
         })  # fmt: skip
     top5_figure(rows, tuple(best), out / "figures/top5.png")
-    found.append({
+    top = {
         "file": "figures/top5.png", "title": "Best five images for a caption",
         "caption": f"{' beside '.join(best)}, cosine above each image. Captions drawn at random from the {split} "
         "split; framed and ticked: the caption's own image.",
-    })  # fmt: skip
-    return found
+    }  # fmt: skip
+    return [top, *found]
 
 
 def _figure(width: float, height: float):
