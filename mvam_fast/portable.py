@@ -1,11 +1,12 @@
 """The op without a custom kernel: forward and backward in a handful of PyTorch operators.
 
 Same math as the Triton kernels, so the two can be mixed: the backward of either needs only (X, C, P, G, lse).
-Against autograd on the reference it recomputes A instead of storing it, and writes dX in one product
+Against autograd on the reference it recomputes A instead of storing it, and with shared keys it stacks the views, so
+that the tokens are read once for both tables and dX is written once:
 
-    dX = Aᵀ dP + dSᵀ C = [A | dS]ᵀ [dP ; C]                 (shared keys)
+    [S/scale ; dP Xᵀ] = [C ; dP] Xᵀ              dX = dSᵀ C + Aᵀ dP = [dS | A]ᵀ [C ; dP]
 
-so that forward and backward together move about 5 token volumes instead of 9. Letters as in `reference.py`, and
+Forward and backward together then move about 5 token volumes instead of 9. Letters as in `reference.py`, and
 
     lse_i = log Σ_n exp S_in     H = dG + dGᵀ     δ_i = ⟨dP_i, P_i⟩ + Σ_j H_ij G_ij
     dA = dP Xᵀ + H A             dS = scale · A ∘ (dA − δ)        dC = Σ_b dS_b K_b
@@ -18,22 +19,22 @@ from torch import Tensor
 from .reference import zero_invalid
 
 
-def logits_of(codes: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """S [B,M,N], float32 or wider."""
-    return scale * (codes @ keys.mT).to(torch.promote_types(keys.dtype, torch.float32))
-
-
 def forward(
     tokens: Tensor, codes: Tensor, keys: Tensor | None, valid: Tensor | None, scale: float, need_gram: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P [B,M,D] (tokens' dtype), G [B,M,M] ([B,0,0] without `need_gram`), lse [B,M]; +inf where nothing is valid."""
+    accumulate = torch.promote_types(tokens.dtype, torch.float32)
     tokens = zero_invalid(tokens, valid)
-    logits = logits_of(codes, tokens if keys is None else zero_invalid(keys, valid), scale)
+    scored = tokens if keys is None else zero_invalid(keys, valid)
+    logits = scale * (codes @ scored.mT).to(accumulate)
     if valid is not None:
-        logits = logits.masked_fill(~valid[:, None], float("-inf"))
-    lse = logits.logsumexp(-1)
-    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-    attention = (logits - lse[..., None]).exp()
+        logits = logits.masked_fill(~valid[:, None], torch.finfo(accumulate).min)
+    attention = logits.softmax(-1)
+    # log-sum-exp from the largest logit and its attention, which is at least 1/N: two reductions, no second exp.
+    lse = logits.amax(-1) - attention.amax(-1).log()
+    if valid is not None:
+        attention = attention * valid[:, None]
+        lse = lse.masked_fill(~valid.any(1, keepdim=True), float("inf"))
     pooled = attention.to(tokens.dtype) @ tokens
     gram = attention @ attention.mT if need_gram else lse.new_empty(lse.shape[0], 0, 0)
     return pooled, gram, lse
@@ -66,31 +67,30 @@ def backward(
     need_d_keys: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """dX (tokens' dtype), dC in the shape of `codes` (float32 or wider), dK; None for what is not needed."""
-    dtype = tokens.dtype
+    batch, views = d_pooled.shape[:2]
     tokens = zero_invalid(tokens, valid)
     scored = tokens if keys is None else zero_invalid(keys, valid)
     delta, symmetric = gradient_terms(d_pooled, d_gram, pooled, gram)
+    if keys is None:
+        stacked = torch.cat([codes.expand(batch, *codes.shape[-2:]), d_pooled], 1)  # [B,2M,D]
+        logits, d_attention = (stacked @ tokens.mT).to(delta.dtype).split(views, 1)
+    else:
+        logits, d_attention = (codes @ scored.mT).to(delta.dtype), (d_pooled @ tokens.mT).to(delta.dtype)
 
-    logits = logits_of(codes, scored, scale)
-    if valid is not None:
-        logits = logits.masked_fill(~valid[:, None], float("-inf"))
-    attention = (logits - lse[..., None]).exp()
-    d_attention = (d_pooled @ tokens.mT).to(attention.dtype)
+    exponent = scale * logits - lse[..., None]
+    if valid is not None:  # before exp: where all valid logits are very negative it would overflow
+        exponent = exponent.masked_fill(~valid[:, None], float("-inf"))
+    attention = exponent.exp()
     if symmetric is not None:
         d_attention = d_attention + symmetric @ attention
-    d_logits = scale * attention * (d_attention - delta[..., None])
+    d_logits = attention * (scale * (d_attention - delta[..., None]))
 
-    attention, d_logits_cast = attention.to(dtype), d_logits.to(dtype)
-    batched_codes = codes.expand(d_pooled.shape[0], *codes.shape[-2:])
+    attention, d_logits = attention.to(tokens.dtype), d_logits.to(tokens.dtype)
     d_tokens = d_keys = None
-    if keys is not None:
-        d_tokens = attention.mT @ d_pooled if need_d_tokens else None
-        d_keys = d_logits_cast.mT @ batched_codes if need_d_keys else None
-    elif need_d_tokens:
-        stacked = torch.cat([attention, d_logits_cast], 1)
-        d_tokens = stacked.mT @ torch.cat([d_pooled, batched_codes], 1)
-    if codes.dim() == 3:
-        d_codes = d_logits_cast @ scored
+    if keys is None:
+        d_tokens = torch.cat([d_logits, attention], 1).mT @ stacked if need_d_tokens else None
     else:
-        d_codes = d_logits_cast.transpose(0, 1).flatten(1) @ scored.flatten(0, 1)
-    return d_tokens, d_codes.to(delta.dtype), d_keys
+        d_tokens = attention.mT @ d_pooled if need_d_tokens else None
+        d_keys = d_logits.mT @ codes.expand(batch, *codes.shape[-2:]) if need_d_keys else None
+    d_codes = (d_logits @ scored).to(delta.dtype)
+    return d_tokens, d_codes if codes.dim() == 3 else d_codes.sum(0), d_keys

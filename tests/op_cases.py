@@ -38,10 +38,14 @@ def inputs(case: Case, device: str) -> dict:
         tokens = randn(b, d, n).mT
     if "large" in kinds:  # logits of some hundreds
         tokens = tokens * 40
+    if "negative" in kinds:  # logits of valid tokens far below 0, which is the logit of a token that is zeroed
+        tokens = tokens.abs()
     if "constant" in kinds:  # every token equal: attention is uniform
         tokens = tokens[:, :1].expand(b, n, d)
     dk = case.key_width or d
     codes = randn(b, m, dk) if "percodes" in kinds else randn(m, dk)
+    if "negative" in kinds:
+        codes = -100 * codes.abs()
     keys = None if case.key_width is None else randn(b, n, dk)
     lengths = mask = None
     if "lengths" in kinds:  # full, empty, one token, and in between

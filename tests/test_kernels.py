@@ -35,9 +35,11 @@ SHAPES = [
     Case(3, 20, 256, 8, kind="percodes"),
     Case(2, 20, 64, 4, kind="transposed"),
     Case(2, 33, 64, 4, kind="large"),
+    Case(4, 33, 64, 4, kind="negative+lengths"),
     Case(2, 33, 64, 4, kind="constant"),
     Case(9, 18, 64, 4),  # more samples than programs of the interpreter's backward
 ]
+LARGE = ("large", "negative+lengths")
 
 
 def on_kernels(given, dtype, **options):
@@ -52,13 +54,13 @@ def test_float32(case, device):
     exact = results(reference.multi_view_pool, given, torch.float64)
     found = on_kernels(given, torch.float32)
     # Logits of some hundreds round to 1e-5 in float32 already, before any path sees them.
-    tolerance = 1e-4 if case.kind == "large" else 1e-5
+    tolerance = 1e-3 if case.kind in LARGE else 1e-5
     for name in exact:
         assert error(found[name], exact[name]) <= tolerance, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [c for c in SHAPES if c.kind not in ("large", "constant")], ids=str)
+@pytest.mark.parametrize("case", [c for c in SHAPES if c.kind not in (*LARGE, "constant")], ids=str)
 def test_half_precision(case, dtype, device):
     """At most twice the error of plain PyTorch in the same precision, both against float64 on the same inputs."""
     given = inputs(Case(**{**vars(case), "dtype": dtype}), device)

@@ -16,6 +16,7 @@ CASES = [
     Case(3, 12, 64, 4, kind="percodes"),
     Case(2, 20, 48, 3, kind="transposed"),
     Case(2, 33, 64, 4, kind="large"),
+    Case(4, 33, 64, 4, kind="negative+lengths"),
     Case(2, 33, 64, 4, kind="constant"),
     Case(1, 1, 16, 1),
 ]
@@ -47,7 +48,7 @@ def plain_loops(tokens, codes, keys, lengths, mask, scale):
     return pooled, gram
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.kind != "large"], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.kind not in ("large", "negative+lengths")], ids=str)
 def test_reference_is_the_formula(case):
     given = inputs(case, "cpu")
     scale = 0.3
@@ -68,9 +69,11 @@ def test_torch_path_matches_the_reference(case, device):
     double = results(multi_view_pool, given, torch.float64, backend="torch")
     single = results(multi_view_pool, given, torch.float32, backend="torch")
     assert mvam_fast.last_backend().forward == mvam_fast.last_backend().backward == "torch"
+    # Logits of hundreds lose digits to rounding before any path sees them.
+    digits = 1e3 if case.kind in ("large", "negative+lengths") else 1
     for name in exact:
-        assert error(double[name], exact[name]) < 1e-12, name
-        assert error(single[name], exact[name]) < 1e-5, name
+        assert error(double[name], exact[name]) < 1e-12 * digits, name
+        assert error(single[name], exact[name]) < (1e-5 if digits == 1 else 1e-3), name
 
 
 @pytest.mark.parametrize("kind", ["lengths+garbage", "mask+garbage"])
