@@ -26,7 +26,8 @@ from torch import nn
 
 from mvam_fast._optional import require
 from mvam_fast.files import write_json
-from mvam_fast.model import MVAM, WEIGHTS, get_tokenizer
+from mvam_fast.model import MVAM, WEIGHTS
+from mvam_fast.preprocess import TOKENIZER_KEYS, tokenizer_of
 from mvam_fast.version import __version__
 
 # Real sentences: the end-of-text rule would not be exercised by random ids. One is cut at the context's end.
@@ -59,14 +60,15 @@ def export_bundle(checkpoint: str | Path, out: str | Path, *, opset: int = 20, p
     if out.exists() and not (out / MANIFEST).is_file():
         raise ValueError(f"out: {out} exists and is no bundle; choose another folder")
     model = MVAM.from_pretrained(checkpoint)
-    tokenizer = get_tokenizer(checkpoint)
     config = model.open_clip_config
+    text_cfg = config["model_cfg"]["text_cfg"]
+    tokenizer = {key: text_cfg[key] for key in TOKENIZER_KEYS if key in text_cfg}
     size = config["preprocess_cfg"]["size"]
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "image": torch.randn(len(SENTENCES), 3, height, width, generator=generator),
-        "text": tokenizer(list(SENTENCES)),
+        "text": tokenizer_of(text_cfg)(list(SENTENCES)),
     }
     encoders = {"image": model.encode_image, "text": model.encode_text}
 
@@ -89,10 +91,7 @@ def export_bundle(checkpoint: str | Path, out: str | Path, *, opset: int = 20, p
             "embedding_width": encoders["text"](inputs["text"][:1]).shape[1],
             "logit_scale": model.logit_scale.exp().item(),
             "preprocess": config["preprocess_cfg"],
-            "tokenizer": {
-                "context_length": inputs["text"].shape[1],
-                "hf_tokenizer_name": config["model_cfg"]["text_cfg"].get("hf_tokenizer_name"),
-            },
+            "tokenizer": {"context_length": inputs["text"].shape[1], **tokenizer},
             "files": {path.name: sha256(path) for path in sorted(temporary.iterdir())},
             "graphs": graphs,
             "parity": parity,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ._optional import require
 from .files import atomic, read_json, write_json
 from .pooling import MultiViewPool
+from .preprocess import tokenizer_of
 from .towers import image_tower, text_tower
 from .version import __version__
 
@@ -234,8 +235,7 @@ def create_model_and_transforms(
     Returns:
         (model, preprocess_train, preprocess_val)
     """
-    open_clip = require("open_clip", extra="train")
-    open_clip.add_model_config(Path(__file__).parent / "configs")
+    open_clip = _open_clip()
     model_cfg = open_clip.get_model_config(model_name.replace("/", "-") if ":" not in model_name else model_name)
     if model_cfg is None:
         raise ValueError(f"model_name is {model_name!r}; open_clip knows: {', '.join(open_clip.list_models())}")
@@ -274,8 +274,16 @@ def _with_overrides(model_cfg: dict, arguments: dict) -> dict:
 
 def get_tokenizer(model_name: str | Path):
     """The tokenizer of an open_clip model name, or of a folder that `MVAM.save_pretrained` wrote."""
-    open_clip = require("open_clip", extra="train")
-    open_clip.add_model_config(Path(__file__).parent / "configs")
+    open_clip = _open_clip()
     if (Path(model_name) / OPEN_CLIP_CONFIG).is_file():
-        return open_clip.get_tokenizer(f"local-dir:{model_name}")
+        return tokenizer_of(read_json(Path(model_name) / OPEN_CLIP_CONFIG, "model_name")["model_cfg"]["text_cfg"])
     return open_clip.get_tokenizer(str(model_name))
+
+
+def _open_clip():
+    """open_clip, knowing this package's own model configs."""
+    open_clip = require("open_clip", extra="train")
+    configs = Path(__file__).parent / "configs"
+    if not {path.stem for path in configs.glob("*.json")} <= set(open_clip.list_models()):
+        open_clip.add_model_config(configs)
+    return open_clip

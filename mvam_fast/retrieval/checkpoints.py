@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .._optional import require
-from ..files import read_json, write_json
+from ..files import read_json, write_json, write_text
 from ..model import WEIGHTS, load_weights
 
 
@@ -78,4 +78,4 @@ def cut_log(path: Path, step: int) -> None:
             continue
         if row["step"] <= step:
             kept.append(line + "\n")
-    path.write_text("".join(kept))
+    write_text(path, "".join(kept))

@@ -9,7 +9,7 @@ import numpy as np
 from .._optional import require
 from ..export.bundle import FORMAT, MANIFEST, TOWERS, sha256
 from ..files import read_json
-from ..preprocess import eval_transform
+from ..preprocess import eval_transform, tokenizer_of
 from ..retrieval.datasets import read_image
 
 BACKENDS = ("auto", "onnxruntime-cuda", "onnxruntime-cpu")
@@ -28,7 +28,7 @@ class Encoder:
         self.width = manifest["embedding_width"]
         self._sessions = sessions
         self._transform = eval_transform(manifest["preprocess"])
-        self._tokenizer = _tokenizer(manifest["tokenizer"])
+        self._tokenizer = tokenizer_of(manifest["tokenizer"])
 
     @classmethod
     def load(cls, bundle: str | Path, backend: str = "auto") -> Encoder:
@@ -66,13 +66,14 @@ class Encoder:
         """Paths or PIL images → L2-normalised float32 [n, width]; prepared exactly as in training's evaluation."""
         _check_sequence("images", images)
 
-        def prepare(image):
-            image = read_image(image) if isinstance(image, (str, Path)) else image
-            if not hasattr(image, "convert"):
-                raise TypeError(f"images holds a {type(image).__name__}; it must hold paths or PIL images")
-            return self._transform(image).numpy()
+        def prepare(batch):
+            opened = [read_image(image) if isinstance(image, (str, Path)) else image for image in batch]
+            wrong = next((image for image in opened if not hasattr(image, "convert")), None)
+            if wrong is not None:
+                raise TypeError(f"images holds a {type(wrong).__name__}; it must hold paths or PIL images")
+            return np.stack([self._transform(image).numpy() for image in opened])
 
-        return self._run("image", [prepare(image) for image in images], batch_size)
+        return self._run("image", images, prepare, batch_size)
 
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
         """Strings → L2-normalised float32 [n, width]; what exceeds the tokenizer's context is cut, as in open_clip."""
@@ -80,14 +81,13 @@ class Encoder:
         wrong = next((text for text in texts if not isinstance(text, str)), None)
         if wrong is not None:
             raise TypeError(f"texts holds a {type(wrong).__name__}; it must hold strings")
-        return self._run("text", list(self._tokenizer(list(texts)).numpy()) if len(texts) else [], batch_size)
+        return self._run("text", texts, lambda batch: self._tokenizer(list(batch)).numpy(), batch_size)
 
-    def _run(self, tower: str, inputs: list[np.ndarray], batch_size: int) -> np.ndarray:
+    def _run(self, tower: str, items: Sequence, prepare, batch_size: int) -> np.ndarray:
         name = TOWERS[tower][1]
         found = [np.empty((0, self.width), np.float32)]
-        for start in range(0, len(inputs), batch_size):
-            batch = np.stack(inputs[start : start + batch_size])
-            found.append(self._sessions[tower].run(None, {name: batch})[0])
+        for start in range(0, len(items), batch_size):
+            found.append(self._sessions[tower].run(None, {name: prepare(items[start : start + batch_size])})[0])
         return np.concatenate(found)
 
 
@@ -104,10 +104,3 @@ def _choose(backend: str, runtime) -> tuple[str, str]:
     if not require("torch", extra="export").cuda.is_available():
         return "onnxruntime-cpu", "there is no CUDA GPU"
     return "onnxruntime-cuda", "there is a CUDA GPU"
-
-
-def _tokenizer(config: dict):
-    open_clip = require("open_clip", extra="train")
-    if config["hf_tokenizer_name"]:
-        return open_clip.HFTokenizer(config["hf_tokenizer_name"], context_length=config["context_length"])
-    return open_clip.SimpleTokenizer(context_length=config["context_length"])
