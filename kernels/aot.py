@@ -24,7 +24,8 @@ from .pool_forward import pool_forward_kernel
 _KERNELS = {"forward": pool_forward_kernel, "backward": pool_backward_kernel}
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _POINTERS = {"LENGTHS": "i32", "MASK": "i32", "G": "fp32", "H": "fp32", "DELTA": "fp32", "LSE": "fp32", "DC": "fp32"}
-_FLOATS = ("scale", "log2_scale")
+_POINTERS |= {"KAPPA": "fp32", "SIGMA": "fp32", "STATS": "fp32"}
+_FLOATS = ("scale", "log2_scale", "eps")
 
 # Per multiprocessor: (shared memory of all blocks, of one block, threads); every one has 65,536 registers.
 LIMITS = {80: (167936, 166912, 2048), 90: (233472, 232448, 2048), 100: (233472, 232448, 2048)}
@@ -47,27 +48,31 @@ def compile_kernel(
     key_width: int | None = None,
     *,
     masking: int = 0,
+    norm: bool = False,
     tile: tiles.Tile | None = None,
 ) -> Resources:
     """Compiles `kernel` ("forward" or "backward", all outputs) for sm_`capability` with its tile of the table."""
     separate = key_width is not None
-    tile = tile or tiles.tile_for(kernel, (capability // 10, capability % 10), dtype, width, key_width, views)
+    tile = tile or tiles.tile_for(kernel, (capability // 10, capability % 10), dtype, width, key_width, views, norm)
     constants = {
         **tile.constants(views, width, key_width or width),
-        "SEPARATE": separate, "MASKING": masking, "GRAM": True, "UPCAST": False,
+        "SEPARATE": separate, "MASKING": masking, "GRAM": True, "NORM": norm, "UPCAST": False,
     }  # fmt: skip
     if kernel == "backward":
         precision = "ieee" if dtype == torch.float32 else "tf32"
         constants |= {"NEED_DX": True, "NEED_DK": separate, "H_PRECISION": precision}
-    constants |= {name: None for name, used in (("LENGTHS", masking == 1), ("MASK", masking == 2)) if not used}
+    unused = [name for name, used in (("LENGTHS", masking == 1), ("MASK", masking == 2)) if not used]
+    unused += [] if norm else ["KAPPA", "SIGMA", "STATS"]
 
     function = _KERNELS[kernel]
+    constants |= {name: None for name in unused if name in function.arg_names}
+    pointers = {**_POINTERS, "P": "fp32"} if norm else _POINTERS
     signature, attributes = {}, {}
     for position, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.isupper() and name not in ("B", "N"):
-            signature[name] = f"*{_POINTERS.get(name, _TYPES[dtype])}"
+            signature[name] = f"*{pointers.get(name, _TYPES[dtype])}"
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name in _FLOATS else "i32"

@@ -9,6 +9,15 @@ Given dP, H = dG + dGᵀ and δ_i = ⟨dP_i, P_i⟩ + Σ_j H_ij G_ij (tiny, comp
     dX_n  = Σ_i a_in dP_i  (+ Σ_i ds_in c_i when the keys are the tokens, else that is dK_n)
     dC_i += Σ_n ds_in k_n
 
+With a LayerNorm in front (NORM; see the forward) codes and gradient come folded, c' = γ ∘ c and p' = γ ∘ dP, with
+κ_i = Σ_d c'_id and σ_i = Σ_d p'_id, and P̂ stands for P in δ. Then s and t are taken of x̂ as in the forward, and
+
+    h_n  = Σ_i a_in p'_i + ds_in c'_i                              the gradient of x̂_n
+    u_n  = Σ_i a_in σ_i + ds_in κ_i = Σ_d h_nd                     v_n = Σ_i a_in t_in + ds_in s_in = ⟨h_n, x̂_n⟩
+    dX_n = r_n (h_n − u_n / D − x̂_n v_n / D)                       dC'_i = Σ_n ds_in x̂_n
+
+so that the LayerNorm's own two reductions over D come from the small tables.
+
 A program walks over samples pid, pid + programs, ... and keeps dC in registers; the partial sums [programs, M, DK] are
 then added in a fixed order, so results repeat bit for bit. With per-sample codes there is one program per sample and
 its partial sum is that sample's gradient.
@@ -33,6 +42,9 @@ def pool_backward_kernel(
     H,  # [B, M, M]   dG + dGᵀ, float32, contiguous; GRAM only
     DELTA,  # [B, M]  float32
     LSE,  # [B, M]    float32
+    KAPPA,  # [M] or [B, M]  float32, NORM
+    SIGMA,  # [B, M]  float32, NORM
+    STATS,  # [B, N, 2]  m and r, float32, NORM
     DX,  # [B, N, D]  out, contiguous
     DKEYS,  # [B, N, DK]  out when SEPARATE, contiguous
     DC,  # [programs, M, DK]  out: partial sums, float32
@@ -41,6 +53,7 @@ def pool_backward_kernel(
     stride_xb, stride_xn,
     stride_kb, stride_kn,
     stride_cb,  # 0 when the codes are shared
+    stride_kappa,  # likewise
     scale,
     log2_scale,  # scale · log2(e)
     M: tl.constexpr,
@@ -59,6 +72,7 @@ def pool_backward_kernel(
     GRAM: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_DK: tl.constexpr,
+    NORM: tl.constexpr,
     UPCAST: tl.constexpr,
     H_PRECISION: tl.constexpr,
 ):
@@ -81,12 +95,17 @@ def pool_backward_kernel(
             ),
         )
         d_codes = d_codes + (tl.zeros([NW, MP, DKW], tl.float32),)
+    if NORM:
+        kappa = tl.load(KAPPA + pid * stride_kappa + views, mask=view_ok, other=0.0)
+        offset_parts = tl.zeros([MP, BN], tl.float32)  # Σ ds r m, to be taken off dC'
 
     for sample in tl.range(pid, B, tl.num_programs(0), num_stages=1):
         b = zero + sample
         delta = tl.load(DELTA + b * M + views, mask=view_ok, other=0.0)
         # Padded views get lse = +inf: their attention is 0 and so is all that follows from it.
         lse = tl.load(LSE + b * M + views, mask=view_ok, other=float("inf")) * 1.4426950408889634
+        if NORM:
+            sigma = tl.load(SIGMA + b * M + views, mask=view_ok, other=0.0)
         if GRAM:
             h = tl.load(H + b * M * M + views[:, None] * M + views[None, :], mask=pairs, other=0.0)
         d_pooled = ()
@@ -123,13 +142,31 @@ def pool_backward_kernel(
                     s3 = dot(codes[k], tl.permute(key, 0, 2, 1), s3, UPCAST)
             else:
                 keys = xs
-            s = tl.sum(s3, 0) * log2_scale
-            a = tl.where(ok[None, :], tl.exp2(s - lse[:, None]), 0.0)
-            da = tl.sum(t3, 0)
+            s = tl.sum(s3, 0)
+            t = tl.sum(t3, 0)
+            if NORM:
+                stats = STATS + (b * N + n0 + n) * 2
+                m = tl.load(stats, mask=ok, other=0.0)
+                r = tl.load(stats + 1, mask=ok, other=0.0)
+                s = (s - kappa[:, None] * m[None, :]) * r[None, :]
+                t = (t - sigma[:, None] * m[None, :]) * r[None, :]
+            a = tl.where(ok[None, :], tl.exp2(s * log2_scale - lse[:, None]), 0.0)
+            da = t
             if GRAM:  # float32 operands: under a loss scale H may exceed the range of float16
                 da = tl.dot(h, a, da, input_precision=H_PRECISION)
-            ds = (a * (da - delta[:, None]) * scale).to(dtype)
+            ds = a * (da - delta[:, None]) * scale
+            if NORM:
+                u = tl.sum(a * sigma[:, None] + ds * kappa[:, None], 0)
+                v = tl.sum(a * t + ds * s, 0)
+                # dX = (rounded r a, r ds) products − shift − slope · x
+                slope = r * r * v / D
+                shift = r * u / D - slope * m
+                a = a * r[None, :]
+                ds = ds * r[None, :]
             a = a.to(dtype)
+            ds = ds.to(dtype)
+            if NORM:
+                offset_parts += ds.to(tl.float32) * m[None, :]
 
             a3 = tl.broadcast_to(tl.trans(a)[None, :, :], [NW, BN, MP])
             ds3 = tl.broadcast_to(tl.trans(ds)[None, :, :], [NW, BN, MP])
@@ -139,6 +176,8 @@ def pool_backward_kernel(
                     dx = dot(a3, d_pooled[k], tl.zeros([NW, BN, DW], tl.float32), UPCAST)
                     if not SEPARATE:
                         dx = dot(ds3, codes[k], dx, UPCAST)
+                    if NORM:
+                        dx = dx - shift[None, :, None] - slope[None, :, None] * xs[k].to(tl.float32)
                     store_rows(dx_tile, n, k * NW * DW + columns, D, inside, dx, D, NC * NW * DW != D)
             if NEED_DK:
                 dk_tile = DKEYS + b * N * DK + (zero + n0) * DK
@@ -151,17 +190,24 @@ def pool_backward_kernel(
                 summed = summed + (dot(dst3, keys[k], d_codes[k], UPCAST),)
             d_codes = summed
 
+    if NORM:
+        offset = tl.sum(offset_parts, 1)
     for k in tl.static_range(NCK):
+        summed_k = d_codes[k]
+        if NORM:
+            summed_k = summed_k - offset[None, :, None]
         partial = DC + (zero + pid) * M * DK
-        store_rows(partial, views, k * NW * DKW + key_columns, DK, view_ok, d_codes[k], DK, NCK * NW * DKW != DK)
+        store_rows(partial, views, k * NW * DKW + key_columns, DK, view_ok, summed_k, DK, NCK * NW * DKW != DK)
 
 
 def pool_backward(
-    d_pooled, symmetric, delta, tokens, codes, keys, lengths, mask, lse, scale, need_d_tokens, need_d_keys
-):
+    d_pooled, symmetric, delta, tokens, codes, keys, lengths, mask, lse, scale, need_d_tokens, need_d_keys,
+    kappa=None, sigma=None, stats=None,
+):  # fmt: skip
     """Launches the kernel: dX (tokens' dtype), dC in the shape of `codes` (float32), dK; empty for what is not needed.
 
     `symmetric` is H [B,M,M] float32, or None when no gradient came for the Gram matrix; `delta` is δ [B,M] float32.
+    With a LayerNorm in front (`kappa`, `sigma`, `stats` given) `codes` and `d_pooled` are folded, and dC is dC'.
     """
     batch, length, width = tokens.shape
     views, key_width = codes.shape[-2:]
@@ -176,7 +222,8 @@ def pool_backward(
     per_sample = codes.dim() == 3
     programs = batch if per_sample else min(batch, tiles.backward_programs(tokens.device))
     partial = torch.empty(programs, views, key_width, dtype=torch.float32, device=tokens.device)
-    tile = tiles.choose("backward", tokens, views, key_width if separate else None)
+    norm = kappa is not None
+    tile = tiles.choose("backward", tokens, views, key_width if separate else None, norm)
     tokens = rows_contiguous(tokens)
     keys = rows_contiguous(keys) if separate else tokens
     codes = codes.contiguous()
@@ -185,9 +232,10 @@ def pool_backward(
             tokens, keys, codes, *masking(lengths, mask),
             d_pooled.to(tokens.dtype).contiguous(),
             None if symmetric is None else symmetric.contiguous(),
-            delta.contiguous(), lse, d_tokens, d_keys, partial, batch, length,
+            delta.contiguous(), lse, kappa, sigma, stats, d_tokens, d_keys, partial, batch, length,
             tokens.stride(0), tokens.stride(1), keys.stride(0), keys.stride(1),
             codes.stride(0) if per_sample else 0,
+            views if per_sample else 0,
             scale, scale * LOG2_E,
             **tile.constants(views, width, key_width),
             SEPARATE=separate,
@@ -195,6 +243,7 @@ def pool_backward(
             GRAM=symmetric is not None,
             NEED_DX=need_d_tokens,
             NEED_DK=need_d_keys,
+            NORM=norm,
             H_PRECISION="ieee" if tokens.dtype == torch.float32 else "tf32",
             **tile.options(),
         )

@@ -9,6 +9,15 @@ One program per sample b walks over tiles of BN tokens with an online softmax in
 
 and at the end P_i / l_i, G_ij / (l_i l_j), lse_i = ln(2) (μ_i + log2 l_i), +inf for a sample without a valid token,
 whose P and G are 0. l sums the *rounded* p that multiplies x, so rows of A sum to 1 in any precision.
+
+With a LayerNorm in front (NORM), y_n = γ ∘ x̂_n + β with x̂_n = r_n (x_n − m_n 1), the same pass works on the raw x. The
+codes come folded, c' = γ ∘ c, with κ_i = Σ_d c'_id:
+
+    ⟨c_i, y_n⟩ = r_n (⟨c'_i, x_n⟩ − m_n κ_i) + ⟨c_i, β⟩       the last term is the same for all n and drops out
+    P̂_i = Σ_n a_in x̂_n = (Σ_n w_in x_n − Σ_n w_in m_n 1) / Σ_n w_in / r_n        w_in = p_in r_n
+
+with w rounded in all three sums, so that the weights of the x̂_n sum to 1. P̂ is what is written, P = γ ∘ P̂ + β follows
+outside; m and r are written for the backward.
 """
 import torch
 import triton
@@ -31,11 +40,15 @@ def pool_forward_kernel(
     P,  # [B, M, D]   out: pooled views, contiguous
     G,  # [B, M, M]   out: Gram matrix, float32
     LSE,  # [B, M]    out: log-sum-exp of the logits, float32
+    KAPPA,  # [M] or [B, M]  κ, float32, NORM
+    STATS,  # [B, N, 2]  out: m and r of the tokens that take part, float32, NORM
     N,
     stride_xb, stride_xn,
     stride_kb, stride_kn,
     stride_cb,  # 0 when the codes are shared
+    stride_kappa,  # likewise
     scale,  # of the logits, times log2(e)
+    eps,  # of the LayerNorm
     M: tl.constexpr,
     MP: tl.constexpr,  # M padded to a power of two
     D: tl.constexpr,
@@ -50,6 +63,7 @@ def pool_forward_kernel(
     SEPARATE: tl.constexpr,
     MASKING: tl.constexpr,
     GRAM: tl.constexpr,
+    NORM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
@@ -71,6 +85,10 @@ def pool_forward_kernel(
     mu = tl.full([MP], float("-inf"), tl.float32)
     l_parts = tl.zeros([MP, BN], tl.float32)  # l before its sum over n, taken once at the end
     gram = tl.zeros([MP, MP], tl.float32)
+    if NORM:
+        kappa = tl.load(KAPPA + b * stride_kappa + views, mask=view_ok, other=0.0)
+        offset_parts = tl.zeros([MP, BN], tl.float32)  # w m and w / r before their sums over n
+        weight_parts = tl.zeros([MP, BN], tl.float32)
 
     count = N
     if MASKING == 1:
@@ -88,22 +106,47 @@ def pool_forward_kernel(
             for k in tl.static_range(NCK):
                 key = load_rows(k_tile, n, k * NW * DKW + key_columns, stride_kn, ok, DK, NCK * NW * DKW != DK)
                 s3 = dot(codes[k], tl.permute(key, 0, 2, 1), s3, UPCAST)
+        if NORM:
+            total = tl.zeros([BN], tl.float32)
         for k in tl.static_range(NC):
             x = load_rows(x_tile, n, k * NW * DW + columns, stride_xn, ok, D, NC * NW * DW != D)
             xs = xs + (x,)
             if not SEPARATE:
                 s3 = dot(codes[k], tl.permute(x, 0, 2, 1), s3, UPCAST)
-        s = tl.where(ok[None, :], tl.sum(s3, 0) * scale, float("-inf"))
+            if NORM:
+                total += tl.sum(tl.sum(x.to(tl.float32), 2), 0)
+        s = tl.sum(s3, 0)
+        if NORM:
+            m = total / D
+            squares = tl.zeros([BN], tl.float32)  # a second look at the tile, which is still at hand: no cancellation
+            for k in tl.static_range(NC):
+                centred = xs[k].to(tl.float32) - m[None, :, None]
+                if NC * NW * DW != D:
+                    centred = tl.where((k * NW * DW + columns < D)[:, None, :], centred, 0.0)
+                squares += tl.sum(tl.sum(centred * centred, 2), 0)
+            deviation = tl.sqrt(squares / D + eps)
+            r = 1.0 / deviation
+            s = (s - kappa[:, None] * m[None, :]) * r[None, :]
+            stats = STATS + (b * N + n0 + n) * 2
+            tl.store(stats, m, mask=ok)
+            tl.store(stats + 1, r, mask=ok)
+        s = tl.where(ok[None, :], s * scale, float("-inf"))
 
         mu_new = tl.maximum(mu, tl.max(s, 1))
         mu_safe = tl.where(mu_new == float("-inf"), 0.0, mu_new)  # nothing valid so far: no -inf - -inf
         alpha = tl.exp2(mu - mu_safe)
         p = tl.exp2(s - mu_safe[:, None]).to(dtype)
         l_parts = l_parts * alpha[:, None] + p.to(tl.float32)
-        p3 = tl.broadcast_to(p[None, :, :], [NW, MP, BN])
+        w = p
+        if NORM:
+            w = (p.to(tl.float32) * r[None, :]).to(dtype)
+            rounded = w.to(tl.float32)
+            offset_parts = offset_parts * alpha[:, None] + rounded * m[None, :]
+            weight_parts = weight_parts * alpha[:, None] + rounded * deviation[None, :]
+        w3 = tl.broadcast_to(w[None, :, :], [NW, MP, BN])
         scaled = ()
         for k in tl.static_range(NC):
-            scaled = scaled + (dot(p3, xs[k], acc[k] * alpha[None, :, None], UPCAST),)
+            scaled = scaled + (dot(w3, xs[k], acc[k] * alpha[None, :, None], UPCAST),)
         acc = scaled
         if GRAM:
             gram = dot(p, tl.trans(p), gram * (alpha[:, None] * alpha[None, :]), UPCAST)
@@ -113,8 +156,15 @@ def pool_forward_kernel(
     occupied = total > 0
     total = tl.where(occupied, total, 1.0)
     inverse = tl.where(occupied, 1.0 / total, 0.0)
+    if NORM:
+        offset = tl.sum(offset_parts, 1)
+        weight = tl.sum(weight_parts, 1)
+        unit_inverse = tl.where(occupied, 1.0 / tl.where(occupied, weight, 1.0), 0.0)
     for k in tl.static_range(NC):
-        pooled = acc[k] * inverse[None, :, None]
+        if NORM:
+            pooled = (acc[k] - offset[None, :, None]) * unit_inverse[None, :, None]
+        else:
+            pooled = acc[k] * inverse[None, :, None]
         store_rows(P + b * M * D, views, k * NW * DW + columns, D, view_ok, pooled, D, NC * NW * DW != D)
     if GRAM:
         pairs = view_ok[:, None] & view_ok[None, :]
@@ -123,34 +173,42 @@ def pool_forward_kernel(
     tl.store(LSE + b * M + views, tl.where(occupied, (mu + tl.log2(total)) * LN_2, float("inf")), mask=view_ok)
 
 
-def pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram):
-    """Launches the kernel: P [B,M,D], G [B,M,M] float32 ([B,0,0] without), lse [B,M] float32."""
+def pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram, kappa=None, eps=0.0):
+    """Launches the kernel: P [B,M,D], G [B,M,M] float32 ([B,0,0] without), lse [B,M] float32, and statistics.
+
+    With `kappa` (κ [M] or [B,M] float32, `codes` being folded) a LayerNorm is in front: P is P̂ in float32 then, and the
+    statistics are m and r [B,N,2] float32, unset for tokens that take no part; otherwise they are None.
+    """
     batch, length, width = tokens.shape
     views = codes.shape[-2]
-    separate = keys is not None
+    separate, norm = keys is not None, kappa is not None
     tokens = rows_contiguous(tokens)
     keys = rows_contiguous(keys) if separate else tokens
     codes = codes.contiguous()
-    tile = tiles.choose("forward", tokens, views, codes.shape[-1] if separate else None)
-    out = tiles.output_dtype(tokens.dtype)
+    tile = tiles.choose("forward", tokens, views, codes.shape[-1] if separate else None, norm)
+    out = torch.float32 if norm else tiles.output_dtype(tokens.dtype)
     pooled = torch.empty(batch, views, width, dtype=out, device=tokens.device)
     side = views if need_gram else 0
     gram = torch.empty(batch, side, side, dtype=torch.float32, device=tokens.device)
     lse = torch.empty(batch, views, dtype=torch.float32, device=tokens.device)
+    stats = torch.empty(batch, length, 2, dtype=torch.float32, device=tokens.device) if norm else None
+    per_sample = codes.dim() == 3
     if batch:
         with tiles.device_of(tokens):
             pool_forward_kernel[(batch,)](
-                tokens, keys, codes, *masking(lengths, mask), pooled, gram, lse, length,
+                tokens, keys, codes, *masking(lengths, mask), pooled, gram, lse, kappa, stats, length,
                 tokens.stride(0), tokens.stride(1), keys.stride(0), keys.stride(1),
-                codes.stride(0) if codes.dim() == 3 else 0,
-                scale * LOG2_E,
+                codes.stride(0) if per_sample else 0,
+                views if per_sample else 0,
+                scale * LOG2_E, eps,
                 **tile.constants(views, width, keys.shape[2]),
                 SEPARATE=separate,
                 MASKING=1 if lengths is not None else 2 if mask is not None else 0,
                 GRAM=need_gram,
+                NORM=norm,
                 **tile.options(),
             )
-    return pooled.to(tokens.dtype), gram, lse
+    return (pooled if norm else pooled.to(tokens.dtype)), gram, lse, stats
 
 
 def rows_contiguous(tensor):

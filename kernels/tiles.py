@@ -62,7 +62,9 @@ def chunking(width: int, num_warps: int) -> tuple[int, int]:
     return 16, -(-width // (num_warps * 16))
 
 
-def tile_for(kernel: str, capability, dtype: torch.dtype, width: int, key_width: int | None, views: int) -> Tile:
+def tile_for(
+    kernel: str, capability, dtype: torch.dtype, width: int, key_width: int | None, views: int, norm: bool = False
+) -> Tile:
     """The table. `capability` (major, minor) sets the shared memory there is; None is the interpreter, without limit.
 
     BN = 16 everywhere: registers grow with BN · D / NW, and 16 is the least that a product over tokens can take. Eight
@@ -73,16 +75,18 @@ def tile_for(kernel: str, capability, dtype: torch.dtype, width: int, key_width:
     num_warps = 8
     if wide <= 256 and views <= 16:
         num_warps = 4
-    elif kernel == "forward" and views <= 16 and 768 < wide <= 1280 and dtype != torch.float32:
+    elif kernel == "forward" and views <= 16 and 768 < wide <= 1280 and dtype != torch.float32 and not norm:
         num_warps = 16
     # At 128 registers two blocks of eight warps share a multiprocessor; what fits without spills is told so.
-    small = kernel == "forward" and views <= 16 and wide <= 768 and key_width is None and dtype != torch.float32
+    small = kernel == "forward" and views <= 16 and wide <= (384 if norm else 768) and key_width is None
     maxnreg = 128 if small and num_warps == 8 else None
     if dtype == torch.float32:  # left alone, ptxas gives up on the largest float32 kernels and spills all but 32
         maxnreg = 255
     tile = Tile(kernel, dtype, 16, num_warps, 3, maxnreg)
+    if norm and kernel == "backward":  # registers are short: a shallower pipeline is what avoids spills
+        tile = tile._replace(num_stages=1 if wide >= 1024 else 2)
     if shared_bytes(tile, width, key_width, views) > shared_limit(capability):
-        tile = tile._replace(num_stages=2)
+        tile = tile._replace(num_stages=min(tile.num_stages, 2))
     return tile
 
 
@@ -99,7 +103,7 @@ def shared_bytes(tile: Tile, width: int, key_width: int | None, views: int) -> i
     scored = padded if key_width is None else key_padded
     backward = tile.kernel == "backward"
     kept = rows * (scored + (padded if backward else 0)) * element
-    buffers = (tile.num_stages - 1) * tile.block_n * (padded + key_padded) * element
+    buffers = max(tile.num_stages - 1, 1) * tile.block_n * (padded + key_padded) * element
     across_warps = tile.num_warps * tile.block_n * 4
     scratch = across_warps * rows
     if tile.dtype == torch.float32:  # products run on the CUDA cores, with operands passed through shared memory
@@ -123,17 +127,19 @@ def shared_limit(capability) -> float:
     return _SHARED_KIB.get(tuple(capability), _SHARED_KIB.get(capability[0], 99)) * 1024
 
 
-def choose(kernel: str, tokens: torch.Tensor, views: int, key_width: int | None) -> Tile:
+def choose(kernel: str, tokens: torch.Tensor, views: int, key_width: int | None, norm: bool = False) -> Tile:
     """The tile for these tokens [B,N,D]; ValueError where there is none."""
     capability = torch.cuda.get_device_capability(tokens.device) if tokens.is_cuda else None
-    reason = obstacle(kernel, capability, tokens.dtype, tokens.shape[2], key_width, views)
+    reason = obstacle(kernel, capability, tokens.dtype, tokens.shape[2], key_width, views, norm)
     if reason:
         raise ValueError(f"no {kernel} kernel for these inputs: {reason}")
-    return tile_for(kernel, capability, tokens.dtype, tokens.shape[2], key_width, views)
+    return tile_for(kernel, capability, tokens.dtype, tokens.shape[2], key_width, views, norm)
 
 
-def obstacle(kernel: str, capability, dtype: torch.dtype, width: int, key_width: int | None, views: int) -> str:
-    """Why this kernel cannot run with these inputs on this architecture; empty if it can."""
+def obstacle(
+    kernel: str, capability, dtype: torch.dtype, width: int, key_width: int | None, views: int, norm: bool = False
+) -> str:
+    """Why this kernel (with a LayerNorm in front if `norm`) cannot run here with these inputs; empty if it can."""
     wide = max(width, key_width or 0)
     if dtype not in DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
@@ -143,7 +149,7 @@ def obstacle(kernel: str, capability, dtype: torch.dtype, width: int, key_width:
         return f"the kernels take up to {MAX_VIEWS} views, not {views}"
     if capability is not None and capability[0] < 8:
         return f"the kernels need compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
-    tile = tile_for(kernel, capability, dtype, width, key_width, views)
+    tile = tile_for(kernel, capability, dtype, width, key_width, views, norm)
     need, limit = shared_bytes(tile, width, key_width, views), shared_limit(capability)
     if need > limit:
         return (

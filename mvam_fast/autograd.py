@@ -24,10 +24,22 @@ _library.define(
 )
 
 
+_library.define(
+    "norm_pool_forward(Tensor tokens, Tensor codes, Tensor weight, Tensor? bias, float eps, Tensor? lengths,"
+    " Tensor? mask, float scale, bool need_gram)"
+    " -> (Tensor pooled, Tensor gram, Tensor lse, Tensor unit, Tensor stats)"
+)
+_library.define(
+    "norm_pool_backward(Tensor d_pooled, Tensor? d_gram, Tensor tokens, Tensor codes, Tensor weight, Tensor? lengths,"
+    " Tensor? mask, Tensor gram, Tensor lse, Tensor unit, Tensor stats, float scale, bool need_d_tokens)"
+    " -> (Tensor d_tokens, Tensor d_codes, Tensor d_weight, Tensor d_bias)"
+)
+
+
 def _pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram):
     from .kernels.pool_forward import pool_forward
 
-    return pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram)
+    return pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram)[:3]
 
 
 def _pool_backward(
@@ -41,9 +53,46 @@ def _pool_backward(
     )
 
 
+def _fold(codes, weight, dtype):
+    """c' = γ ∘ c in the tokens' dtype, and κ = Σ_d c'_d of what was rounded."""
+    folded = (codes * weight).to(dtype)
+    return folded, folded.float().sum(-1)
+
+
+def _norm_pool_forward(tokens, codes, weight, bias, eps, lengths, mask, scale, need_gram):
+    from .kernels.pool_forward import pool_forward
+
+    folded, kappa = _fold(codes, weight, tokens.dtype)
+    unit, gram, lse, stats = pool_forward(tokens, folded, None, lengths, mask, scale, need_gram, kappa, eps)
+    pooled = unit * weight
+    if bias is not None:
+        pooled = pooled + bias * lse.isfinite()[..., None]  # an empty sample stays 0
+    return pooled.to(tokens.dtype), gram, lse, unit, stats
+
+
+def _norm_pool_backward(
+    d_pooled, d_gram, tokens, codes, weight, lengths, mask, gram, lse, unit, stats, scale, need_d_tokens
+):
+    from .kernels.pool_backward import pool_backward
+
+    folded, kappa = _fold(codes, weight, tokens.dtype)
+    d_pooled = d_pooled.float() * lse.isfinite()[..., None]
+    d_unit = (d_pooled * weight).to(tokens.dtype)
+    delta, symmetric = portable.gradient_terms(d_unit, d_gram, unit, gram)
+    d_tokens, d_folded, _ = pool_backward(
+        d_unit, symmetric, delta, tokens, folded, None, lengths, mask, lse, scale, need_d_tokens, False,
+        kappa, d_unit.float().sum(-1), stats,
+    )  # fmt: skip
+    by_codes = (codes * d_folded).flatten(0, -2).sum(0)
+    d_weight = (d_pooled * unit).sum((0, 1)) + by_codes
+    return d_tokens, weight * d_folded, d_weight, d_pooled.sum((0, 1))
+
+
 for _device in ("CUDA", "CPU"):  # on the CPU the kernels run through Triton's interpreter
     _library.impl("pool_forward", _pool_forward, _device)
     _library.impl("pool_backward", _pool_backward, _device)
+    _library.impl("norm_pool_forward", _norm_pool_forward, _device)
+    _library.impl("norm_pool_backward", _norm_pool_backward, _device)
 
 
 @torch.library.register_fake("mvam::pool_forward")
@@ -69,10 +118,41 @@ def _(
     )
 
 
+@torch.library.register_fake("mvam::norm_pool_forward")
+def _(tokens, codes, weight, bias, eps, lengths, mask, scale, need_gram):
+    batch, length, width = tokens.shape
+    views = codes.shape[-2]
+    side = views if need_gram else 0
+
+    def float32(*shape):
+        return tokens.new_empty(*shape, dtype=torch.float32)
+
+    return (
+        tokens.new_empty(batch, views, width), float32(batch, side, side), float32(batch, views),
+        float32(batch, views, width), float32(batch, length, 2),
+    )  # fmt: skip
+
+
+@torch.library.register_fake("mvam::norm_pool_backward")
+def _(d_pooled, d_gram, tokens, codes, weight, lengths, mask, gram, lse, unit, stats, scale, need_d_tokens):
+    d_tokens = tokens.new_empty(tokens.shape if need_d_tokens else (0,))
+    width = tokens.shape[2]
+    d_codes = tokens.new_empty(codes.shape, dtype=torch.float32)
+    return d_tokens, d_codes, d_codes.new_empty(width), d_codes.new_empty(width)
+
+
 def autocast_off(device_type: str):
     """Inside the op dtypes are as the op says; autocast must not turn its float32 products into half ones."""
     enabled = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        raise RuntimeError(
+            "multi_view_pool can be differentiated once; for second derivatives use "
+            "mvam_fast.reference.multi_view_pool, which has the same arguments except backend"
+        )
 
 
 class PoolFunction(torch.autograd.Function):
@@ -95,11 +175,7 @@ class PoolFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_pooled, d_gram):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            raise RuntimeError(
-                "multi_view_pool can be differentiated once; for second derivatives use "
-                "mvam_fast.reference.multi_view_pool, which has the same arguments except backend"
-            )
+        _refuse_second_derivative()
         tokens, codes, keys, lengths, mask, pooled, gram, lse = ctx.saved_tensors
         need_d_tokens, need_d_codes, need_d_keys = ctx.needs_input_grad[:3]
         d_pooled = torch.zeros_like(pooled) if d_pooled is None else d_pooled
@@ -121,3 +197,34 @@ class PoolFunction(torch.autograd.Function):
             d_keys if need_d_keys else None,
             *(None,) * 6,
         )
+
+
+class NormPoolFunction(torch.autograd.Function):
+    """(P, G) of pooling layer_norm(tokens), on the kernels, with the LayerNorm fused into both passes."""
+
+    @staticmethod
+    def forward(ctx, tokens, codes, weight, bias, eps, lengths, mask, scale, need_gram):
+        codes32, weight32 = codes.float(), weight.float()
+        bias32 = None if bias is None else bias.float()
+        pooled, gram, lse, unit, stats = torch.ops.mvam.norm_pool_forward(
+            tokens, codes32, weight32, bias32, eps, lengths, mask, scale, need_gram
+        )
+        ctx.save_for_backward(tokens, codes, weight, lengths, mask, gram, lse, unit, stats)
+        ctx.scale, ctx.bias_dtype = scale, None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        return pooled, gram
+
+    @staticmethod
+    def backward(ctx, d_pooled, d_gram):
+        _refuse_second_derivative()
+        tokens, codes, weight, lengths, mask, gram, lse, unit, stats = ctx.saved_tensors
+        d_pooled = torch.zeros_like(unit, dtype=tokens.dtype) if d_pooled is None else d_pooled
+        d_tokens, d_codes, d_weight, d_bias = torch.ops.mvam.norm_pool_backward(
+            d_pooled, d_gram, tokens, codes.float(), weight.float(), lengths, mask, gram, lse, unit, stats, ctx.scale,
+            ctx.needs_input_grad[0],
+        )
+        wanted = zip(
+            (d_tokens, d_codes, d_weight, d_bias), (tokens.dtype, codes.dtype, weight.dtype, ctx.bias_dtype),
+            ctx.needs_input_grad, strict=False,
+        )  # fmt: skip
+        return (*(gradient.to(dtype) if needed else None for gradient, dtype, needed in wanted), *(None,) * 5)

@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
+_SUPPORTED = "the kernels support these inputs"
 
 
 class Path(NamedTuple):
-    """`forward`, `backward`: "triton", "torch" or "reference"; `reason`: why, in words."""
+    """`forward`, `backward`: "triton", "torch" or "reference"; `reason`: why, in words.
+
+    `norm_fused`: whether the LayerNorm in front, if there is one, runs inside the kernels.
+    """
 
     forward: str
     backward: str
     reason: str
+    norm_fused: bool = False
 
 
 _state = threading.local()
@@ -37,7 +42,7 @@ def last_backend() -> Path | None:
     return getattr(_state, "path", None)
 
 
-def choose(tokens: Tensor, codes: Tensor, keys: Tensor | None, backend: str) -> Path:
+def choose(tokens: Tensor, codes: Tensor, keys: Tensor | None, backend: str, *, norm: bool = False) -> Path:
     """The path for these inputs. A wish for "triton" that cannot be met is an error; "auto" then says why it is not."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
@@ -51,11 +56,11 @@ def choose(tokens: Tensor, codes: Tensor, keys: Tensor | None, backend: str) -> 
     elif backend == "auto" and tokens.device.type == "cpu":
         path = Path("torch", "torch", "the tokens are on the CPU (Triton's interpreter runs only when asked for)")
     else:
-        path = _kernel_path(tokens, codes, keys)
+        path = _kernel_path(tokens, codes, keys, norm)
         if backend == "triton":
             if path.forward != "triton":
                 raise ValueError(f"{source} asks for triton, which cannot run here: {path.reason}")
-            path = path if path.backward != "triton" else path._replace(reason=f"{source} asks for triton")
+            path = path._replace(reason=f"{source} asks for triton") if path.reason == _SUPPORTED else path
     if not torch.compiler.is_compiling():
         _state.path = path
     return path
@@ -69,21 +74,27 @@ def _environment() -> tuple[str, str]:
     return wish, "the environment variable MVAM_BACKEND"
 
 
-def _kernel_path(tokens: Tensor, codes: Tensor, keys: Tensor | None) -> Path:
+def _kernel_path(tokens: Tensor, codes: Tensor, keys: Tensor | None, norm: bool) -> Path:
     key_width = None if keys is None else keys.shape[2]
-    forward_no, backward_no = _kernel_obstacles(
-        tokens.device.type, tokens.device.index, tokens.dtype, tokens.shape[2], key_width, codes.shape[-2]
-    )
+    given = (tokens.device.type, tokens.device.index, tokens.dtype, tokens.shape[2], key_width, codes.shape[-2])
+    if norm:
+        fused_no = "keys are separate" if keys is not None else next(filter(None, _kernel_obstacles(*given, True)), "")
+        if not fused_no:
+            return Path("triton", "triton", _SUPPORTED, norm_fused=True)
+    forward_no, backward_no = _kernel_obstacles(*given, False)
     if forward_no:
         return Path("torch", "torch", forward_no)
+    reason = _SUPPORTED
     if backward_no:
-        return Path("triton", "torch", f"forward: a kernel exists; backward: {backward_no}")
-    return Path("triton", "triton", "the kernels support these inputs")
+        reason = f"forward: a kernel exists; backward: {backward_no}"
+    if norm:
+        reason += f"; the LayerNorm is not fused: {fused_no}"
+    return Path("triton", "torch" if backward_no else "triton", reason)
 
 
 @_constant_when_traced
 def _kernel_obstacles(
-    device: str, index: int | None, dtype: torch.dtype, width: int, key_width: int | None, views: int
+    device: str, index: int | None, dtype: torch.dtype, width: int, key_width: int | None, views: int, norm: bool
 ) -> tuple[str, str]:
     """Why the forward, and the backward, kernel cannot run: two reasons, each empty where it can."""
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -96,4 +107,4 @@ def _kernel_obstacles(
 
     # The interpreter has no architecture, and so no limit of shared memory.
     capability = torch.cuda.get_device_capability(index) if device == "cuda" else None
-    return tuple(tiles.obstacle(kernel, capability, dtype, width, key_width, views) for kernel in tiles.KERNELS)
+    return tuple(tiles.obstacle(kernel, capability, dtype, width, key_width, views, norm) for kernel in tiles.KERNELS)

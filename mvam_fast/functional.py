@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import PoolFunction, autocast_off
+from .autograd import NormPoolFunction, PoolFunction, autocast_off
 from .dispatch import choose
 
 DIVERSITY_KINDS = ("frobenius", "norm", "offdiag", "cosine")
@@ -26,6 +26,9 @@ def multi_view_pool(
     scale: float | None = None,
     need_gram: bool = True,
     backend: str = "auto",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor | None]:
     """Pool tokens with M view codes: A = softmax(scale · C Kᵀ), P = A X, G = A Aᵀ, without ever storing A.
 
@@ -40,6 +43,10 @@ def multi_view_pool(
         mask: [B,N] bool, True = the token takes part.
         scale: factor of the logits; None = 1/sqrt(Dk), as in `scaled_dot_product_attention`.
         need_gram: False skips G.
+        norm_weight, norm_bias, norm_eps: the LayerNorm [D] in front of the pooling: `tokens` are then the raw hidden
+            states and the result is that of pooling layer_norm(tokens), with gradients for weight and bias. The kernels
+            fuse it, statistics in float32, so that the normalised tokens are never written (not with separate keys,
+            which are left as they are). The bias may be None.
         backend: "auto" (the environment variable MVAM_BACKEND, else the fastest that can run), "triton" or "torch".
 
     Returns:
@@ -54,14 +61,24 @@ def multi_view_pool(
     """
     tokens, codes, keys = _autocast(tokens, codes, keys)
     lengths, scale = _check(tokens, codes, keys, lengths, mask, scale)
-    path = choose(tokens, codes, keys, backend)
+    _check_norm(tokens, norm_weight, norm_bias)
+    path = choose(tokens, codes, keys, backend, norm=norm_weight is not None)
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "norm_eps": norm_eps}
     with autocast_off(tokens.device.type):
         if path.forward == "reference":
             return reference.multi_view_pool(
-                tokens, codes, keys=keys, lengths=lengths, mask=mask, scale=scale, need_gram=need_gram
+                tokens, codes, keys=keys, lengths=lengths, mask=mask, scale=scale, need_gram=need_gram, **norm
             )
-        kernels = (path.forward == "triton", path.backward == "triton")
-        pooled, gram = PoolFunction.apply(tokens, codes, keys, lengths, mask, scale, need_gram, *kernels)
+        if path.norm_fused:
+            pooled, gram = NormPoolFunction.apply(
+                tokens, codes, norm_weight, norm_bias, norm_eps, lengths, mask, scale, need_gram
+            )
+        else:
+            if norm_weight is not None:
+                valid = reference.valid_tokens(tokens, lengths, mask)
+                tokens = reference.normalise(tokens, valid, norm_weight, norm_bias, norm_eps)
+            kernels = (path.forward == "triton", path.backward == "triton")
+            pooled, gram = PoolFunction.apply(tokens, codes, keys, lengths, mask, scale, need_gram, *kernels)
     return pooled, gram if need_gram else None
 
 
@@ -73,6 +90,9 @@ def view_attention(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor:
     """The attention A [B,M,N] in float32 that `multi_view_pool` pools with; for pictures and analysis.
 
@@ -80,8 +100,10 @@ def view_attention(
     """
     tokens, codes, keys = _autocast(tokens, codes, keys)
     lengths, scale = _check(tokens, codes, keys, lengths, mask, scale)
+    _check_norm(tokens, norm_weight, norm_bias)
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "norm_eps": norm_eps}
     with autocast_off(tokens.device.type):
-        return reference.view_attention(tokens, codes, keys=keys, lengths=lengths, mask=mask, scale=scale)
+        return reference.view_attention(tokens, codes, keys=keys, lengths=lengths, mask=mask, scale=scale, **norm)
 
 
 def diversity_loss(gram: Tensor, kind: str = "frobenius", reduction: str = "mean") -> Tensor:
@@ -183,6 +205,18 @@ def _check(
     if not isinstance(scale, (int, float)):
         raise TypeError(f"scale is {type(scale).__name__}; it must be a number or None")
     return lengths, float(scale)
+
+
+def _check_norm(tokens: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    if weight is None and bias is not None:
+        raise ValueError("norm_bias was given without norm_weight; a LayerNorm needs its weight")
+    for name, value in (("norm_weight", weight), ("norm_bias", bias)):
+        if value is None:
+            continue
+        if value.shape != tokens.shape[-1:]:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be [D] = [{tokens.shape[-1]}]")
+        if value.device != tokens.device:
+            raise ValueError(f"{name} is on {value.device}, tokens on {tokens.device}; they must share one device")
 
 
 def _check_lengths(lengths: Tensor, batch: int, length: int) -> Tensor:

@@ -113,7 +113,9 @@ class MVAM(nn.Module):
         if self.global_view:
             vectors.append(tokens.pooled[:, None])
         if pool is not None:
-            views, gram = pool(tokens.hidden, lengths=tokens.lengths, mask=tokens.mask, need_gram=need_gram)
+            views, gram = pool(
+                tokens.hidden, lengths=tokens.lengths, mask=tokens.mask, norm=tokens.norm, need_gram=need_gram
+            )
             views = tower.project(views)
             if self.global_view:
                 views = torch.lerp(vectors[0].to(views.dtype), views, gates[:, None].to(views.dtype))
@@ -134,7 +136,7 @@ class MVAM(nn.Module):
         if pool is None:
             raise ValueError("num_views is 0: this model has no learned views, and so no attention to show")
         tokens = tower.tokens(inputs, need_pooled=False)
-        return pool.attention(tokens.hidden, lengths=tokens.lengths, mask=tokens.mask)
+        return pool.attention(tokens.hidden, lengths=tokens.lengths, mask=tokens.mask, norm=tokens.norm)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.clip.set_grad_checkpointing(enable)

@@ -64,25 +64,45 @@ class MultiViewPool(nn.Module):
             if self.key_projection.bias is not None:
                 nn.init.zeros_(self.key_projection.bias)
 
-    def queries(self, tokens: Tensor) -> dict:
-        """The arguments codes, keys and scale that this scoring gives `multi_view_pool` for these tokens."""
-        scale = self.key_dim**-0.5
+    def _arguments(self, tokens: Tensor, norm: nn.LayerNorm | None) -> dict:
+        """Tokens, codes, keys, scale and LayerNorm that this scoring gives `multi_view_pool`."""
+        found = {"tokens": tokens, "codes": self.codes, "scale": self.key_dim**-0.5}
         if self.scoring == "projected":
-            return {"codes": self.codes @ self.key_projection.weight, "keys": None, "scale": scale}
-        keys = torch.tanh(self.key_projection(tokens)) if self.scoring == "additive" else None
-        return {"codes": self.codes, "keys": keys, "scale": scale}
+            found["codes"] = self.codes @ self.key_projection.weight
+        if self.scoring == "additive":  # its keys are made of the normalised tokens, so those must exist
+            found["tokens"] = tokens = tokens if norm is None else norm(tokens)
+            found["keys"] = torch.tanh(self.key_projection(tokens))
+        elif norm is not None:
+            found |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
+        return found
 
     def forward(
-        self, tokens: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None, need_gram: bool = True
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        norm: nn.LayerNorm | None = None,
+        need_gram: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Views [B,M,D] in the tokens' dtype and their Gram matrix [B,M,M] float32; see `multi_view_pool`."""
+        """Views [B,M,D] in the tokens' dtype and their Gram matrix [B,M,M] float32; see `multi_view_pool`.
+
+        `norm`: a LayerNorm to apply to the tokens first, fused into the kernels where they run.
+        """
         return functional.multi_view_pool(
-            tokens, **self.queries(tokens), lengths=lengths, mask=mask, need_gram=need_gram, backend=self.backend
+            **self._arguments(tokens, norm), lengths=lengths, mask=mask, need_gram=need_gram, backend=self.backend
         )
 
-    def attention(self, tokens: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """What each view looks at: A [B,M,N] float32."""
-        return functional.view_attention(tokens, **self.queries(tokens), lengths=lengths, mask=mask)
+    def attention(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:
+        """What each view looks at: A [B,M,N] float32; arguments as in `forward`."""
+        return functional.view_attention(**self._arguments(tokens, norm), lengths=lengths, mask=mask)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_views={self.num_views}, scoring={self.scoring!r}, key_dim={self.key_dim}"

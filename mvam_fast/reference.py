@@ -12,6 +12,7 @@ the Gram matrix are computed in float32 (float64 for float64 input). It is also 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,6 +28,15 @@ def zero_invalid(tokens: Tensor, valid: Tensor | None) -> Tensor:
     return tokens if valid is None else torch.where(valid[..., None], tokens, tokens.new_zeros(()))
 
 
+def normalise(tokens: Tensor, valid: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Tokens that take part, layer-normalised if there is a weight [D]; the others 0."""
+    tokens = zero_invalid(tokens, valid)
+    if weight is None:
+        return tokens
+    bias = None if bias is None else bias.to(tokens.dtype)
+    return zero_invalid(F.layer_norm(tokens, tokens.shape[-1:], weight.to(tokens.dtype), bias, eps), valid)
+
+
 def view_attention(
     tokens: Tensor,
     codes: Tensor,
@@ -35,10 +45,16 @@ def view_attention(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor:
     """A [B,M,N] in float32 (float64 for float64 tokens); arguments as in `multi_view_pool`."""
     valid = valid_tokens(tokens, lengths, mask)
-    keys = zero_invalid(tokens if keys is None else keys, valid)
+    if keys is None:
+        keys = normalise(tokens, valid, norm_weight, norm_bias, norm_eps)
+    else:
+        keys = zero_invalid(keys, valid)
     scale = keys.shape[-1] ** -0.5 if scale is None else scale
     accumulate = torch.promote_types(tokens.dtype, torch.float32)
     logits = scale * (codes.to(keys.dtype) @ keys.mT).to(accumulate)
@@ -58,12 +74,16 @@ def multi_view_pool(
     mask: Tensor | None = None,
     scale: float | None = None,
     need_gram: bool = True,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor | None]:
     """Pooled views P [B,M,D] in the tokens' dtype and G [B,M,M] (None when `need_gram` is False).
 
     tokens [B,N,D]; codes [M,Dk] or [B,M,Dk]; keys [B,N,Dk] or None (= tokens); lengths [B] or mask [B,N] or neither.
+    With `norm_weight` [D] the tokens are raw, and X is their LayerNorm.
     """
+    tokens = normalise(tokens, valid_tokens(tokens, lengths, mask), norm_weight, norm_bias, norm_eps)
     attention = view_attention(tokens, codes, keys=keys, lengths=lengths, mask=mask, scale=scale)
-    valid = valid_tokens(tokens, lengths, mask)
-    pooled = attention.to(tokens.dtype) @ zero_invalid(tokens, valid)
+    pooled = attention.to(tokens.dtype) @ tokens
     return pooled, attention @ attention.mT if need_gram else None

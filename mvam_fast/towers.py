@@ -12,17 +12,29 @@ from torch import Tensor, nn
 
 
 class Tokens(NamedTuple):
-    """`hidden` [B,N,D] after the final LayerNorm; which of them count: `lengths` [B] or `mask` [B,N] or neither;
-    `pooled` [B,D']: the encoder's own pooled vector, projected as the encoder does, or None if not asked for."""
+    """What an encoder hands to the pooling.
+
+    `hidden` [B,N,D]; which of them count: `lengths` [B] or `mask` [B,N] or neither; `norm`: the encoder's final
+    LayerNorm if `hidden` is what goes into it (the pooling applies it, fused), None if `hidden` is normalised already;
+    `pooled` [B,E]: the encoder's own pooled vector, projected as the encoder does, or None if not asked for.
+    """
 
     hidden: Tensor
-    lengths: Tensor | None
-    mask: Tensor | None
-    pooled: Tensor | None
+    lengths: Tensor | None = None
+    mask: Tensor | None = None
+    norm: nn.LayerNorm | None = None
+    pooled: Tensor | None = None
+
+
+def _leave_to_pooling(hidden: Tensor, norm: nn.Module) -> dict:
+    """`hidden` and `norm` of Tokens: a plain LayerNorm is left to the pooling, anything else is applied here."""
+    if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
+        return {"hidden": hidden, "norm": norm}
+    return {"hidden": norm(hidden)}
 
 
 class VisionTransformerTower:
-    """open_clip `VisionTransformer`: class token and patches after `ln_post`."""
+    """open_clip `VisionTransformer`: class token and patches, through `ln_post`."""
 
     def __init__(self, clip: nn.Module):
         self.tower = tower = clip.visual
@@ -38,11 +50,12 @@ class VisionTransformerTower:
     def tokens(self, images: Tensor, need_pooled: bool) -> Tokens:
         tower = self.tower
         hidden = tower.transformer(tower._embeds(images))
-        normed = tower.ln_post(hidden)
         pooled = None
         if need_pooled:
-            pooled = self.project((tower._pool(hidden) if tower.final_ln_after_pool else tower._global_pool(normed))[0])
-        return Tokens(normed, None, None, pooled)
+            # The class token alone need not wait for the LayerNorm of all tokens.
+            by_class = tower.pool_type == "tok" and not tower.final_ln_after_pool
+            pooled = self.project(tower.ln_post(hidden[:, 0]) if by_class else tower._pool(hidden)[0])
+        return Tokens(**_leave_to_pooling(hidden, tower.ln_post), pooled=pooled)
 
     def project(self, views: Tensor) -> Tensor:
         return views if self.tower.proj is None else views @ self.tower.proj
@@ -66,7 +79,7 @@ class TimmTower:
         pooled = self.tower.head(trunk.forward_head(hidden)) if need_pooled else None
         if hidden.dim() == 4:  # a convolutional trunk: [B,D,H,W]
             hidden = hidden.flatten(2).mT
-        return Tokens(hidden, None, None, pooled)
+        return Tokens(hidden, pooled=pooled)
 
     def project(self, views: Tensor) -> Tensor:
         # A classifier inside the trunk (proj="") projects what was pooled; Identity where there is none.
@@ -93,7 +106,7 @@ class ResNetTower:
         pooled = self.pool(grid) if need_pooled else None
         hidden = grid.flatten(2).mT
         hidden = torch.cat([hidden.mean(1, keepdim=True), hidden], 1)
-        return Tokens(hidden + self.pool.positional_embedding.to(hidden.dtype), None, None, pooled)
+        return Tokens(hidden + self.pool.positional_embedding.to(hidden.dtype), pooled=pooled)
 
     def project(self, views: Tensor) -> Tensor:
         return self.pool.c_proj(self.pool.v_proj(views))
@@ -129,18 +142,20 @@ class TextTower:
             cast = tower.transformer.get_cast_dtype()
             embedded = tower.token_embedding(token_ids).to(cast) + tower.positional_embedding.to(cast)
             attn_mask = tower.attn_mask
-        hidden = tower.ln_final(tower.transformer(embedded, attn_mask=attn_mask))
+        hidden = tower.transformer(embedded, attn_mask=attn_mask)
         end = self.end_of_text(token_ids)
         pooled = None
         if need_pooled:
             position = {"first": 0, "last": -1}.get(self.pool_type)
             if end is not None:
-                pooled = self.project(hidden[torch.arange(end.shape[0], device=end.device), end])
+                pooled = hidden[torch.arange(end.shape[0], device=end.device), end]
             elif position is not None:
-                pooled = self.project(hidden[:, position])
+                pooled = hidden[:, position]
             else:
                 raise ValueError(f"the text tower pools by {self.pool_type!r}: there is no pooled vector for a view")
-        return Tokens(hidden, None if end is None else end + 1, None, pooled)
+            pooled = self.project(tower.ln_final(pooled))
+        lengths = None if end is None else end + 1
+        return Tokens(**_leave_to_pooling(hidden, tower.ln_final), lengths=lengths, pooled=pooled)
 
     def project(self, views: Tensor) -> Tensor:
         projection = self.tower.text_projection
@@ -164,7 +179,7 @@ class HFTextTower:
         mask = token_ids != tower.config.pad_token_id
         output = tower.transformer(input_ids=token_ids, attention_mask=mask.long())
         pooled = self.project(tower.pooler(output, mask.long())) if need_pooled else None
-        return Tokens(output.last_hidden_state, None, mask, pooled)
+        return Tokens(output.last_hidden_state, mask=mask, pooled=pooled)
 
     def project(self, views: Tensor) -> Tensor:
         return self.tower.proj(views)

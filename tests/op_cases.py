@@ -60,20 +60,23 @@ def inputs(case: Case, device: str) -> dict:
     if "garbage" in kinds:  # NaN where nothing may be read
         valid = mask if mask is not None else torch.arange(n, device=device) < lengths[:, None]
         tokens = torch.where(valid[..., None], tokens, tokens.new_full((), float("nan")))
-    return {"tokens": tokens, "codes": codes, "keys": keys, "lengths": lengths, "mask": mask}
+    given = {"tokens": tokens, "codes": codes, "keys": keys, "lengths": lengths, "mask": mask}
+    if "norm" in kinds:  # raw tokens, each with its own mean and deviation, and a LayerNorm to pass
+        size = torch.rand(b, n, 1, generator=generator).to(device, case.dtype) * 3 + 0.2
+        given["tokens"] = tokens * size + (5 * size if "shifted" in kinds else randn(b, n, 1))
+        given["norm_weight"] = 1 + 0.3 * randn(d)
+        given["norm_bias"] = None if "unbiased" in kinds else 0.5 * randn(d)
+    return given
 
 
 def results(op, given: dict, dtype: torch.dtype, *, need_gram=True, **options) -> dict[str, torch.Tensor]:
-    """P, G, dX, dC, dK of `op` computed in `dtype`, for fixed random gradients of P and G."""
+    """P, G and the gradients of every input of `op` computed in `dtype`, for fixed random gradients of P and G."""
     leaves = {
         name: given[name].detach().to(dtype).requires_grad_()
-        for name in ("tokens", "codes", "keys")
-        if given[name] is not None
+        for name in ("tokens", "codes", "keys", "norm_weight", "norm_bias")
+        if given.get(name) is not None
     }
-    pooled, gram = op(
-        leaves["tokens"], leaves["codes"], keys=leaves.get("keys"), lengths=given["lengths"], mask=given["mask"],
-        need_gram=need_gram, **options,
-    )
+    pooled, gram = op(**leaves, lengths=given["lengths"], mask=given["mask"], need_gram=need_gram, **options)
     generator = torch.Generator().manual_seed(1)
     outputs, gradients = [pooled], [torch.randn(pooled.shape, generator=generator).to(given["tokens"].dtype)]
     if need_gram:
@@ -82,7 +85,7 @@ def results(op, given: dict, dtype: torch.dtype, *, need_gram=True, **options) -
     gradients = [g.to(o.device, o.dtype) for g, o in zip(gradients, outputs, strict=True)]
     grads = torch.autograd.grad(outputs, list(leaves.values()), gradients)
     named = {"P": pooled.detach()} | ({"G": gram.detach()} if need_gram else {})
-    return named | dict(zip(("dX", "dC", "dK"), grads, strict=False))
+    return named | {f"d_{name}": gradient for name, gradient in zip(leaves, grads, strict=True)}
 
 
 def error(value: torch.Tensor, exact: torch.Tensor) -> float:

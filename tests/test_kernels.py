@@ -37,6 +37,12 @@ SHAPES = [
     Case(2, 33, 64, 4, kind="large"),
     Case(4, 33, 64, 4, kind="negative+lengths"),
     Case(2, 33, 64, 4, kind="constant"),
+    Case(2, 17, 123, 3, kind="norm"),
+    Case(1, 50, 384, 16, kind="norm"),
+    Case(4, 33, 768, 8, kind="norm+lengths+garbage+strided"),
+    Case(4, 40, 96, 5, kind="norm+mask+garbage"),
+    Case(3, 20, 64, 17, kind="norm+percodes+unbiased"),
+    Case(1, 18, 1280, 16, kind="norm+shifted"),
     Case(9, 18, 64, 4),  # more samples than programs of the interpreter's backward
 ]
 LARGE = ("large", "negative+lengths")
@@ -44,7 +50,9 @@ LARGE = ("large", "negative+lengths")
 
 def on_kernels(given, dtype, **options):
     found = results(multi_view_pool, given, dtype, backend="triton", **options)
-    assert mvam_fast.last_backend() == ("triton", "triton", "the backend argument asks for triton")
+    path = mvam_fast.last_backend()
+    assert path[:3] == ("triton", "triton", "the backend argument asks for triton")
+    assert path.norm_fused == ("norm_weight" in given)
     return found
 
 
@@ -212,6 +220,31 @@ def test_opcheck(keys, device):
     torch.library.opcheck(torch.ops.mvam.pool_backward.default, backward)
 
 
+def test_opcheck_with_a_norm(device):
+    given = inputs(Case(4, 18, 64, 4, kind="norm+lengths"), device)
+    norm = (given["norm_weight"], given["norm_bias"], 1e-5)
+    forward = (given["tokens"], given["codes"], *norm, given["lengths"], None, 0.1, True)
+    pooled, gram, lse, unit, stats = torch.ops.mvam.norm_pool_forward(*forward)
+    # Statistics of tokens that take no part are unset, and opcheck compares results: fill them.
+    every = (*forward[:5], None, None, 0.1, True)
+    torch.library.opcheck(torch.ops.mvam.norm_pool_forward.default, every)
+    saved = (gram, lse, unit, stats.nan_to_num())
+    backward = (torch.randn_like(pooled), torch.randn_like(gram), *forward[:3], *forward[5:7], *saved, 0.1, True)
+    torch.library.opcheck(torch.ops.mvam.norm_pool_backward.default, backward)
+
+
+def test_norm_statistics_stand_large_means(device):
+    """A mean 30 times the deviation: sums of squares would cancel to 1e-4, a second look at the tile does not."""
+    given = inputs(Case(2, 18, 384, 4), device)
+    norm = {"norm_weight": torch.ones(384, device=device), "norm_eps": 1e-6}
+    tokens = given["tokens"] + 30
+    found = multi_view_pool(tokens, given["codes"], backend="triton", **norm)
+    exact = reference.multi_view_pool(tokens.double(), given["codes"].double(), **norm)
+    plain = reference.multi_view_pool(tokens, given["codes"], **norm)
+    for one, other, right in zip(found, plain, exact, strict=True):
+        assert error(one, right) <= 2 * max(error(other, right), 1e-5)
+
+
 def test_saved_statistics_match_the_portable_path(device):
     forward, _ = op_arguments(device)
     tokens, codes, _, lengths = forward[:4]
@@ -222,12 +255,14 @@ def test_saved_statistics_match_the_portable_path(device):
     torch.testing.assert_close(lse.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_compiles_without_graph_breaks(device):
+@pytest.mark.parametrize("kind", ["lengths", "lengths+norm"])
+def test_compiles_without_graph_breaks(kind, device):
     torch._dynamo.reset()
-    given = inputs(Case(3, 18, 64, 4, kind="lengths"), device)
+    given = inputs(Case(3, 18, 64, 4, kind=kind), device)
+    norm = {"norm_weight": given.get("norm_weight"), "norm_bias": given.get("norm_bias")}
 
     def step(tokens, codes):
-        pooled, gram = multi_view_pool(tokens, codes, lengths=given["lengths"], backend="triton")
+        pooled, gram = multi_view_pool(tokens, codes, lengths=given["lengths"], backend="triton", **norm)
         return pooled.square().sum() + mvam_fast.diversity_loss(gram)
 
     leaves = given["tokens"].requires_grad_(), given["codes"].requires_grad_()

@@ -218,6 +218,11 @@ def test_scorings():
     additive = MultiViewPool(16, 4, scoring="additive", key_dim=8)
     logits = torch.tanh(additive.key_projection(tokens)) @ additive.codes.T / 8**0.5
     torch.testing.assert_close(additive.attention(tokens), logits.softmax(1).mT)
+    norm = torch.nn.LayerNorm(16)
+    torch.nn.init.uniform_(norm.weight)
+    for pool in (dot, folded, additive):
+        torch.testing.assert_close(pool(tokens, norm=norm), pool(norm(tokens)))
+        torch.testing.assert_close(pool.attention(tokens, norm=norm), pool.attention(norm(tokens)))
     for bad, message in (
         ({"scoring": "mlp"}, "scoring is 'mlp'; it must be one of dot, projected, additive"),
         ({"key_dim": 8}, "key_dim is 8; with scoring 'dot'"),
