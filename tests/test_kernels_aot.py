@@ -88,3 +88,25 @@ def test_every_kind_of_configuration_compiles_within_its_bound(capability):
         assert found["shared_bytes"] <= found["bound"] <= found["limit"], configuration
         assert found["blocks_per_sm"] >= 1, configuration
         assert not GLOBAL_ATOMICS & set(map(family, found["instructions"])), configuration
+
+
+def test_kernel_report_has_a_row_for_every_configuration(tmp_path):
+    script = os.path.join(os.path.dirname(__file__), "..", "benchmarks", "kernel_report.py")
+    command = [sys.executable, script, "--arch", "80", "--dtypes", "bfloat16", "--widths", "384", "1280"]
+    command += ["--views", "16", "64", "--json", str(tmp_path / "report.json")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert len(rows) == 8 == done.stdout.count("sm_80")
+    for row in rows:
+        assert {"kernel", "arch", "dtype", "D", "M"} <= set(row)
+        if row["D"] == 1280 and row["M"] == 64:
+            assert "shared memory" in row["reason"]
+        elif "reason" not in row:
+            assert row["spill_bytes"] >= 0 and row["registers"] > 0 and row["bytes"] > 0
+    forward = next(row for row in rows if (row["kernel"], row["D"], row["M"]) == ("forward", 384, 16))
+    # 1,024 samples of 197 tokens: X, C, P in two bytes; G and lse in four.
+    by_hand = 2 * (1024 * 197 * 384 + 16 * 384 + 1024 * 16 * 384) + 4 * 1024 * (16 * 16 + 16)
+    assert forward["bytes"] == by_hand
