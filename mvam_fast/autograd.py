@@ -1,7 +1,7 @@
-"""torch.library operators around the kernels, and the autograd function that ties forward and backward together.
+"""torch.library operators around the kernels, and the autograd functions that tie forward and backward together.
 
-The operators are registered with define/impl and a fake, and an autograd.Function calls them: this traces under
-`torch.compile(fullgraph=True)` and costs less per call than an operator with registered autograd.
+The operators are registered with define/impl and a fake, and an autograd.Function calls them: all of it traces under
+`torch.compile(fullgraph=True)`.
 """
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ _library.define(
     " Tensor? mask, Tensor pooled, Tensor gram, Tensor lse, float scale, bool need_d_tokens, bool need_d_keys)"
     " -> (Tensor d_tokens, Tensor d_codes, Tensor d_keys)"
 )
-
-
 _library.define(
     "norm_pool_forward(Tensor tokens, Tensor codes, Tensor weight, Tensor? bias, float eps, Tensor? lengths,"
     " Tensor? mask, float scale, bool need_gram)"
