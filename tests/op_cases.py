@@ -88,6 +88,15 @@ def results(op, given: dict, dtype: torch.dtype, *, need_gram=True, **options) -
     return named | {f"d_{name}": gradient for name, gradient in zip(leaves, grads, strict=True)}
 
 
+def rounding_of_logits(given: dict) -> float:
+    """What float32 rounding of the largest logit does to its exponential, forward and once more when recomputed.
+
+    Beyond 1e-5 only where logits are in the hundreds; no path that recomputes A from S can do better.
+    """
+    logits = given["codes"].double() @ given["tokens"].double().mT * given["codes"].shape[-1] ** -0.5
+    return 2 * torch.finfo(torch.float32).eps * float(logits.abs().max())
+
+
 def error(value: torch.Tensor, exact: torch.Tensor) -> float:
     """Largest deviation relative to the largest exact value; absolute where that is below 1 (an exact 0, say)."""
     if exact.numel() == 0:
