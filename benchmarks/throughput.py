@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -109,7 +109,7 @@ def machine(device: torch.device) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__,
         "python": platform.python_version(), "mvam_fast": __version__, "commit": commit or "not a checkout",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
     if device.type == "cuda":
         found |= {"cuda": torch.version.cuda, "capability": list(torch.cuda.get_device_capability(device))}

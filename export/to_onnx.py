@@ -16,11 +16,11 @@ import platform
 import shutil
 import sys
 import warnings
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from mvam_fast.export.bundle import FORMAT, MANIFEST, TOWERS, ExportError, sha256
+from mvam_fast.export.bundle import FORMAT, MANIFEST, TOWERS, ExportError, check_replaceable, sha256
 from mvam_fast.export.verify import check_graph, check_parity
 from torch import nn
 
@@ -38,6 +38,10 @@ SENTENCES = (
 )  # fmt: skip
 
 
+# Below this torch's exporter has no operators of its own, and a conversion that fails keeps 18 without an error.
+LOWEST_OPSET = 18
+
+
 class _Tower(nn.Module):
     """One encoder with a normalised output, as a module of its own to export."""
 
@@ -53,12 +57,16 @@ class _Tower(nn.Module):
 def export_bundle(checkpoint: str | Path, out: str | Path, *, opset: int = 20, progress: bool = True) -> dict:
     """Writes the bundle and returns the content of its bundle.json, parity included.
 
-    Raises ExportError when a gate of `verify` fails; `out` then is as it was before.
+    `out` may be an older bundle, which is replaced. Raises ExportError when a gate of `verify` fails;
+    `out` then is as it was before.
     """
-    checkpoint, out = Path(checkpoint), Path(out)
-    versions = {name: require(name, extra="export").__version__ for name in ("onnx", "onnxruntime", "onnxscript")}
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise ValueError(f"out: {out} exists and is no bundle; choose another folder")
+    checkpoint, out = Path(checkpoint), Path(os.path.abspath(out))
+    packages = ("onnx", "onnxruntime", "onnxscript", "open_clip")
+    versions = {name: require(name, extra="export").__version__ for name in packages}
+    highest = require("onnx", extra="export").defs.onnx_opset_version()
+    if not LOWEST_OPSET <= opset <= highest:
+        raise ValueError(f"opset is {opset}; it must be from {LOWEST_OPSET} to {highest}")
+    check_replaceable(out)
     model = MVAM.from_pretrained(checkpoint)
     config = model.open_clip_config
     text_cfg = config["model_cfg"]["text_cfg"]
@@ -82,42 +90,68 @@ def export_bundle(checkpoint: str | Path, out: str | Path, *, opset: int = 20, p
             path = temporary / file
             _export(_Tower(encoders[tower]).eval(), inputs[tower][:2], path, input_name, output_name, opset)
             graphs[tower] = check_graph(path)
+            if graphs[tower]["opset"] != opset:
+                raise ExportError(f"{file} has opset {graphs[tower]['opset']}; {opset} was asked for")
             parity[tower] = check_parity(path, _Tower(encoders[tower]), inputs[tower])
+        embedding_width = encoders["text"](inputs["text"][:1]).shape[1]
         manifest = {
             "format": FORMAT,
+            "opset": opset,
             "num_views": model.num_views,
             "global_view": model.global_view,
             "num_vectors": model.num_vectors,
-            "embedding_width": encoders["text"](inputs["text"][:1]).shape[1],
+            "vector_width": embedding_width // model.num_vectors,
+            "embedding_width": embedding_width,
             "logit_scale": model.logit_scale.exp().item(),
             "preprocess": config["preprocess_cfg"],
-            "tokenizer": {"context_length": inputs["text"].shape[1], **tokenizer},
+            "tokenizer": {
+                "kind": "open_clip HFTokenizer" if tokenizer.get("hf_tokenizer_name") else "open_clip SimpleTokenizer",
+                "context_length": inputs["text"].shape[1], **tokenizer,
+            },
             "files": {path.name: sha256(path) for path in sorted(temporary.iterdir())},
             "graphs": graphs,
             "parity": parity,
             "source": {"checkpoint": checkpoint.name, "weights_sha256": sha256(checkpoint / WEIGHTS)},
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": {
                 "mvam_fast": __version__, "torch": torch.__version__, "python": platform.python_version(), **versions,
             },
         }  # fmt: skip
         write_json(temporary / MANIFEST, manifest)
-        if out.exists():
-            shutil.rmtree(out)
-        os.rename(temporary, out)
+        _replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return manifest
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    """Folders cannot be swapped in one step: the old one steps aside, and is deleted only once the new one is there."""
+    if not out.exists():
+        os.rename(temporary, out)
+        return
+    aside = temporary.with_name(f"{temporary.name}.old")
+    os.rename(out, aside)
+    try:
+        os.rename(temporary, out)
+    except OSError:
+        os.rename(aside, out)
+        raise
+    shutil.rmtree(aside)
 
 
 def _export(tower: nn.Module, example: torch.Tensor, path: Path, input_name: str, output_name: str, opset: int):
     # The exporter reports its stages on stdout and warns about its own internals; errors are exceptions.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            tower, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), opset_version=opset,
-            input_names=[input_name], output_names=[output_name], verbose=False,
-        )  # fmt: skip
+        try:
+            program = torch.onnx.export(
+                tower, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), opset_version=opset,
+                input_names=[input_name], output_names=[output_name], verbose=False,
+            )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(f"{path.name}: torch cannot export this tower: {error.__cause__ or error}") from error
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # stack traces: paths of this machine, which the bundle's users have no use for
         program.save(path)
 
 

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +106,7 @@ def demo(
     gain = metrics["mvam"]["rsum"] - metrics["baseline"]["rsum"]
     report = {
         "title": "MVAM on fine-grained scenes",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "sentence": verdict(gain),
         "data": {"counts": read_json(data, "data")["config"], "preview": "scenes/preview.png"},
         "runs": {name: _describe(name, out, metrics[name]) for name in RUNS},

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .._optional import require
-from ..export.bundle import FORMAT, MANIFEST, TOWERS, sha256
-from ..files import read_json
+from ..export.bundle import TOWERS, read_manifest, sha256
 from ..preprocess import eval_transform, tokenizer_of
 from ..retrieval.datasets import read_image
 
@@ -40,11 +39,7 @@ class Encoder:
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
         bundle = Path(bundle)
-        if not bundle.is_dir():
-            raise FileNotFoundError(f"bundle: no such folder: {bundle}")
-        manifest = read_json(bundle / MANIFEST, "bundle")
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"bundle: {bundle} has format {manifest.get('format')!r}; this version reads {FORMAT}")
+        manifest = read_manifest(bundle)
         for name, digest in manifest["files"].items():
             if not (bundle / name).is_file():
                 raise FileNotFoundError(f"bundle: {bundle} lacks its file {name}")
@@ -84,6 +79,8 @@ class Encoder:
         return self._run("text", texts, lambda batch: self._tokenizer(list(batch)).numpy(), batch_size)
 
     def _run(self, tower: str, items: Sequence, prepare, batch_size: int) -> np.ndarray:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         name = TOWERS[tower][1]
         found = [np.empty((0, self.width), np.float32)]
         for start in range(0, len(items), batch_size):
