@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
 
 
@@ -13,14 +14,22 @@ def main(arguments: list[str] | None = None) -> int:
     for add in (_add_demo, _add_scenes, _add_train, _add_evaluate, _add_visualize):
         add(commands)
     options = parser.parse_args(arguments)
+    logging.getLogger().addFilter(_is_wanted)
     try:
         options.run(options)
-    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         if options.debug:
             raise
         print(f"mvam-fast: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        logging.getLogger().removeFilter(_is_wanted)
     return 0
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """All but open_clip's warning of random weights: whoever leaves out --pretrained asked for them."""
+    return not record.getMessage().startswith("No pretrained weights loaded")
 
 
 def _command(commands, name: str, help_text: str, run):

@@ -114,6 +114,51 @@ def test_resume_refuses_another_run(data, tmp_path):
     assert (tmp_path / "run/result.json").stat().st_mtime_ns == before
 
 
+def test_a_run_that_could_not_begin_leaves_the_folder_free(data, tmp_path):
+    with pytest.raises(ValueError, match="batch_size is 1000"):
+        train(config(data, tmp_path / "run", steps=2, batch_size=1000), progress=False)
+    assert train(config(data, tmp_path / "run", steps=2), progress=False) == tmp_path / "run/model"
+
+
+def test_resume_refuses_a_run_with_other_fields(data, tmp_path):
+    """As a config.json of another version has them."""
+    train(config(data, tmp_path / "run", steps=2), progress=False)
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps({**saved, "momentum": 0.9}))
+    with pytest.raises(ValueError, match="momentum is None, but the run in .* was begun with 0.9"):
+        train(config(data, tmp_path / "run", steps=2, resume=True), progress=False)
+
+
+def test_a_half_written_checkpoint_of_the_same_pid_is_replaced(data, tmp_path):
+    """In a container a restarted run often has the pid of the one that was killed."""
+    left = tmp_path / f"run/checkpoints/.step-000002.{os.getpid()}"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    train(config(data, tmp_path / "run", steps=3), progress=False)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_the_newest_checkpoint_is_the_one_of_most_steps(tmp_path):
+    assert checkpoints.newest(tmp_path) is None
+    for name in ("step-999999", "step-1000000", ".step-2000000.17"):
+        (tmp_path / name).mkdir()
+    assert checkpoints.newest(tmp_path).name == "step-1000000"
+
+
+def test_a_resumed_run_tells_what_was_unreadable_before(tmp_path, monkeypatch):
+    data = make_scenes(tmp_path / "scenes", train=32, val=8, test=8, progress=False)
+    broken = tmp_path / "scenes/images/train/000003.png"
+    broken.write_bytes(b"no picture")
+    settings = {"batch_size": 32, "steps": 4, "save_every": 3}  # every step sees every image
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(data, tmp_path / "run", **settings), progress=False)
+    broken.write_bytes((tmp_path / "scenes/images/train/000002.png").read_bytes())  # repaired meanwhile
+    train(config(data, tmp_path / "run", resume=True, **settings), progress=False)
+    assert list(json.loads((tmp_path / "run/result.json").read_text())["unreadable"]) == [str(broken)]
+
+
 def test_unreadable_images_are_counted_or_stop(tmp_path, capsys):
     data = make_scenes(tmp_path / "scenes", train=32, val=8, test=8, progress=False)
     broken = tmp_path / "scenes/images/train/000003.png"

@@ -14,10 +14,16 @@ from ..files import read_json, write_json, write_text
 from ..model import WEIGHTS, load_weights
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler) -> Path:
-    """Writes FOLDER/step-NNNNNN (a model folder with the state of training beside it); older ones go afterwards."""
+def save(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, scaler, unreadable: dict[str, str]
+) -> Path:
+    """Writes FOLDER/step-NNNNNN (a model folder with the state of training beside it); older ones go afterwards.
+
+    `unreadable`: images skipped so far, path to reason, which the end of a resumed run has to tell too.
+    """
     final = folder / f"step-{step:06d}"
     temporary = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed run: in a container the next one has the same pid
     temporary.mkdir(parents=True)
     model.save_pretrained(temporary)
     tensors = {"rng.cpu": torch.get_rng_state()}
@@ -27,7 +33,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().contiguous()
     require("safetensors.torch", extra="train").save_file(tensors, temporary / "training.safetensors")
-    write_json(temporary / "training.json", {"step": step, "scaler": scaler.state_dict()})
+    write_json(temporary / "training.json", {"step": step, "scaler": scaler.state_dict(), "unreadable": unreadable})
     for path in temporary.iterdir():  # on the disk before the name says that it is whole
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -40,11 +46,11 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
 
 def newest(folder: Path) -> Path | None:
     """The last whole checkpoint; None if there is none. What a kill left half-written has another name."""
-    return max(folder.glob("step-*"), default=None)
+    return max(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler) -> int:
-    """Restores model, optimizer, gradient scaler and random numbers; returns the steps done."""
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler) -> tuple[int, dict[str, str]]:
+    """Restores model, optimizer, gradient scaler and random numbers; returns the steps done and `unreadable`."""
     state = read_json(folder / "training.json", "resume")
     load_weights(model, folder / WEIGHTS)
     tensors = require("safetensors.torch", extra="train").load_file(folder / "training.safetensors")
@@ -63,7 +69,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scale
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return state["step"]
+    return state["step"], state.get("unreadable", {})  # absent in checkpoints of before it was kept
 
 
 def cut_log(path: Path, step: int) -> None:

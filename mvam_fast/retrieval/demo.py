@@ -77,6 +77,7 @@ def demo(
     Stages that are finished there are not repeated. `throughput`: JSON of benchmarks/throughput.py, for the report.
     """
     out = Path(out)
+    timed = None if throughput is None else _read_throughput(Path(throughput), out)
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     with clock("scenes"):
@@ -114,7 +115,7 @@ def demo(
         "oracle": oracle,
         "figures": figures,
         "export": export,
-        "throughput": None,
+        "throughput": timed,
         "seconds": seconds,
         "machine": {
             "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version(),
@@ -122,10 +123,6 @@ def demo(
         },
     }  # fmt: skip
     report["data"]["counts"] = {split: report["data"]["counts"][split] for split in ("train", "val", "test")}
-    if throughput is not None:
-        timed = read_json(throughput, "throughput")
-        plot = os.path.relpath(Path(throughput).parent / timed["plot"], out)
-        report["throughput"] = {**timed, "plot": plot}
     path = build_report(report, out)
     print(recall_table({**{LABELS[name]: metrics[name] for name in RUNS}, "perfect reader": oracle}))
     print(report["sentence"])
@@ -151,6 +148,14 @@ def _describe(name: str, out: Path, metrics: dict) -> dict:
         "label": LABELS[name], "settings": {key: config[key] for key in shown}, "metrics": metrics,
         "validation": result["validation"], "train_seconds": result["seconds"], "parameters": result["parameters"],
     }  # fmt: skip
+
+
+def _read_throughput(path: Path, out: Path) -> dict:
+    """Read before anything is trained, so that a wrong file costs seconds. Its plot is made relative to `out`."""
+    timed = read_json(path, "throughput")
+    if not isinstance(timed, dict) or "plot" not in timed:
+        raise ValueError(f"throughput: {path} names no plot; make it with benchmarks/throughput.py --json and --plot")
+    return {**timed, "plot": os.path.relpath(path.parent / timed["plot"], out)}
 
 
 def _rows(path: Path) -> list[dict]:

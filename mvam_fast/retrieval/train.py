@@ -22,6 +22,10 @@ from .evaluate import embed_dataset, pick_device
 from .metrics import recall_metrics
 
 PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
+# Fields in which a resumed run may differ from the run that it goes on from.
+FREE = {
+    "out", "resume", "strict", "device", "backend", "cache_images", "workers", "log_every", "eval_every", "save_every",
+}  # fmt: skip
 
 
 def _option(default, help_text: str, **extra):
@@ -70,11 +74,6 @@ class TrainConfig:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")
 
-    def identity(self) -> dict:
-        """What a resumed run must share with the run that it goes on from."""
-        free = {"out", "resume", "strict", "device", "backend", "cache_images", "workers", "log_every", "eval_every"}
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in free | {"save_every"}}
-
 
 def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """Runs the training and returns the folder of the final model, OUT/model.
@@ -83,7 +82,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """
     config.check()
     out = Path(config.out)
-    if _begin(config, out):
+    if _is_finished(config, out):
         return out / "model"
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
@@ -107,10 +106,13 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp_fp16")
     dtype = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}[config.precision]
 
-    log, start = out / "metrics.jsonl", 0
+    # Only now is every setting known to work: a run that cannot begin must not claim the folder.
+    if not (out / "config.json").exists():
+        write_json(out / "config.json", dataclasses.asdict(config))
+    log, start, earlier = out / "metrics.jsonl", 0, {}
     checkpoint = checkpoints.newest(out / "checkpoints") if config.resume else None
     if checkpoint:
-        start = checkpoints.load(checkpoint, model, optimizer, scaler)
+        start, earlier = checkpoints.load(checkpoint, model, optimizer, scaler)
     checkpoints.cut_log(log, start)
     began, timer, validation = time.monotonic(), time.monotonic(), None
     bar = require("tqdm", extra="train").tqdm(
@@ -157,10 +159,11 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
                 _write_row(rows, {"step": step, "split": "val", **validation})
                 timer = time.monotonic()
             if step % config.save_every == 0 and step < config.steps:
-                checkpoints.save(out / "checkpoints", step, model, optimizer, scaler)
+                unreadable = {**earlier, **store.unreadable, **val_store.unreadable}
+                checkpoints.save(out / "checkpoints", step, model, optimizer, scaler, unreadable)
                 timer = time.monotonic()
     model.save_pretrained(out / "model")
-    unreadable = {**store.unreadable, **val_store.unreadable}
+    unreadable = {**earlier, **store.unreadable, **val_store.unreadable}
     write_json(out / "result.json", {
         "steps": config.steps, "validation": validation, "seconds": time.monotonic() - began, "resumed_at": start,
         "parameters": sum(p.numel() for p in model.parameters()), "unreadable": unreadable,
@@ -171,18 +174,19 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     return out / "model"
 
 
-def _begin(config: TrainConfig, out: Path) -> bool:
-    """Prepares OUT; True when the very run that is asked for is finished there already."""
+def _is_finished(config: TrainConfig, out: Path) -> bool:
+    """Whether OUT holds the very run that is asked for, whole. ValueError if it holds another, or one not to resume."""
     saved = out / "config.json"
     if not saved.exists():
-        write_json(saved, dataclasses.asdict(config))
         return False
     if not config.resume:
         raise ValueError(f"out: {out} holds a run already; pass --resume to go on with it, or choose another folder")
-    before, now = TrainConfig(**read_json(saved, "out")).identity(), config.identity()
-    for name in now:
-        if before[name] != now[name]:
-            raise ValueError(f"{name} is {now[name]!r}, but the run in {out} was begun with {before[name]!r}")
+    before, now = read_json(saved, "out"), dataclasses.asdict(config)
+    for name in {**now, **before}:  # another version's run may have other fields
+        if name not in FREE and before.get(name) != now.get(name):
+            raise ValueError(
+                f"{name} is {now.get(name)!r}, but the run in {out} was begun with {before.get(name)!r}"
+            )
     return (out / "result.json").exists()
 
 
