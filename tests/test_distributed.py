@@ -8,10 +8,10 @@ import torch
 from mvam_fast import MVAMLoss
 
 WORKER = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from mvam_fast import MVAMLoss
-rank, port, folder, local = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "True"
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+rank, folder, local = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 data = torch.load(f"{folder}/data.pt")
 mine = {k: v[4 * rank : 4 * rank + 4].clone().requires_grad_() for k, v in data.items()}
 loss = MVAMLoss(0.1, local_loss=local, gather_with_grad=True, rank=rank, world_size=2)(
@@ -20,6 +20,10 @@ loss = MVAMLoss(0.1, local_loss=local, gather_with_grad=True, rank=rank, world_s
 loss.backward()
 torch.save({"loss": loss.detach(), **{k: v.grad for k, v in mine.items()}}, f"{folder}/out{rank}.pt")
 dist.barrier()
+dist.destroy_process_group()
+# gloo's threads outlive the group, and one that touches a tensor while the interpreter is torn down aborts the process
+# (pytorch/pytorch 190489, about 1 run in 20): everything is on disk, so leave without tearing down.
+os._exit(0)
 """
 
 
@@ -33,8 +37,7 @@ def test_two_processes_equal_one(local_loss, tmp_path):
         "image_gram": torch.rand(8, 3, 3), "text_gram": torch.rand(8, 3, 3),
     }  # fmt: skip
     torch.save(data, tmp_path / "data.pt")
-    port = str(20000 + hash(str(tmp_path)) % 20000)
-    command = [port, str(tmp_path), str(local_loss)]
+    command = [str(tmp_path), str(local_loss)]
     workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), *command]) for rank in range(2)]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     found = [torch.load(tmp_path / f"out{rank}.pt") for rank in range(2)]
