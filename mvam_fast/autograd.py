@@ -154,7 +154,10 @@ def _refuse_second_derivative() -> None:
 
 
 class PoolFunction(torch.autograd.Function):
-    """(P, G) of `reference.multi_view_pool`; each direction on the kernels or on `portable`: both save the same."""
+    """(P, G) of `reference.multi_view_pool`; each direction on the kernels or on `portable`.
+
+    For the backward the kernels keep P, G and lse and compute A again, `portable` keeps A.
+    """
 
     @staticmethod
     def forward(ctx, tokens, codes, keys, lengths, mask, scale, need_gram, kernel_forward, kernel_backward):
@@ -163,31 +166,34 @@ class PoolFunction(torch.autograd.Function):
             pooled, gram, lse = torch.ops.mvam.pool_forward(
                 tokens, cast_codes, keys, lengths, mask, scale, need_gram
             )
+            kept = (pooled, gram, lse) if kernel_backward else (lse,)
         else:
             valid = valid_tokens(tokens, lengths, mask)
-            pooled, gram, lse = portable.forward(tokens, cast_codes, keys, valid, scale, need_gram)
-        ctx.save_for_backward(tokens, codes, keys, lengths, mask, pooled, gram, lse)
-        ctx.scale, ctx.kernel_backward = scale, kernel_backward
+            pooled, gram, *kept = portable.forward(tokens, cast_codes, keys, valid, scale, need_gram)
+        ctx.save_for_backward(tokens, codes, keys, lengths, mask, *kept)
+        ctx.scale, ctx.kernel_forward, ctx.kernel_backward = scale, kernel_forward, kernel_backward
         ctx.set_materialize_grads(False)  # an output that nobody used costs nothing in the backward
         return pooled, gram
 
     @staticmethod
     def backward(ctx, d_pooled, d_gram):
         _refuse_second_derivative()
-        tokens, codes, keys, lengths, mask, pooled, gram, lse = ctx.saved_tensors
+        tokens, codes, keys, lengths, mask, *kept = ctx.saved_tensors
         need_d_tokens, need_d_codes, need_d_keys = ctx.needs_input_grad[:3]
-        d_pooled = torch.zeros_like(pooled) if d_pooled is None else d_pooled
+        if d_pooled is None:
+            d_pooled = tokens.new_zeros(len(tokens), codes.shape[-2], tokens.shape[2])
         cast_codes = codes.to(tokens.dtype)
         if ctx.kernel_backward:
             d_tokens, d_codes, d_keys = torch.ops.mvam.pool_backward(
-                d_pooled, d_gram, tokens, cast_codes, keys, lengths, mask, pooled, gram, lse, ctx.scale,
-                need_d_tokens, need_d_keys,
+                d_pooled, d_gram, tokens, cast_codes, keys, lengths, mask, *kept, ctx.scale, need_d_tokens, need_d_keys
             )
         else:
             with autocast_off(tokens.device.type):
+                given = (tokens, cast_codes, keys, valid_tokens(tokens, lengths, mask))
+                if ctx.kernel_forward:
+                    kept = [portable.recomputed_attention(*given, *kept, ctx.scale)]
                 d_tokens, d_codes, d_keys = portable.backward(
-                    d_pooled, d_gram, tokens, cast_codes, keys, valid_tokens(tokens, lengths, mask), pooled, gram,
-                    lse, ctx.scale, need_d_tokens, need_d_keys,
+                    d_pooled, d_gram, *given, *kept, ctx.scale, need_d_tokens, need_d_keys
                 )
         return (
             d_tokens if need_d_tokens else None,
