@@ -24,7 +24,7 @@ from .pool_forward import pool_forward_kernel
 _KERNELS = {"forward": pool_forward_kernel, "backward": pool_backward_kernel}
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _POINTERS = {"LENGTHS": "i32", "MASK": "i32", "G": "fp32", "H": "fp32", "DELTA": "fp32", "LSE": "fp32", "DC": "fp32"}
-_POINTERS |= {"KAPPA": "fp32", "SIGMA": "fp32", "STATS": "fp32"}
+_POINTERS |= {"LOGITS": "fp32", "KAPPA": "fp32", "SIGMA": "fp32", "STATS": "fp32"}
 _FLOATS = ("scale", "log2_scale", "eps")
 
 # Per multiprocessor: (shared memory of all blocks, of one block, threads); every one has 65,536 registers.
@@ -49,6 +49,7 @@ def compile_kernel(
     *,
     masking: int = 0,
     norm: bool = False,
+    persistent: bool = False,
     tile: tiles.Tile | None = None,
 ) -> Resources:
     """Compiles `kernel` ("forward" or "backward", all outputs) for sm_`capability` with its tile of the table."""
@@ -58,11 +59,15 @@ def compile_kernel(
         **tile.constants(views, width, key_width or width),
         "SEPARATE": separate, "MASKING": masking, "GRAM": True, "NORM": norm, "UPCAST": False,
     }  # fmt: skip
+    groups = tile.groups(views)
+    if kernel == "forward":
+        constants |= {"GROUPS": groups, "PERSISTENT": persistent, "SAMPLES": 32, "GRAM": 1 if groups == 1 else 2}
     if kernel == "backward":
         precision = "ieee" if dtype == torch.float32 else "tf32"
         constants |= {"NEED_DX": True, "NEED_DK": separate, "H_PRECISION": precision}
     unused = [name for name, used in (("LENGTHS", masking == 1), ("MASK", masking == 2)) if not used]
     unused += [] if norm else ["KAPPA", "SIGMA", "STATS"]
+    unused += [] if groups > 1 else ["LOGITS"]
 
     function = _KERNELS[kernel]
     constants |= {name: None for name in unused if name in function.arg_names}

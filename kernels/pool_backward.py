@@ -20,13 +20,14 @@ so that the LayerNorm's own two reductions over D come from the small tables.
 
 A program walks over samples pid, pid + programs, ... and keeps dC in registers; the partial sums [programs, M, DK] are
 then added in a fixed order, so results repeat bit for bit. With per-sample codes there is one program per sample and
-its partial sum is that sample's gradient.
+its partial sum is that sample's gradient. For few samples several programs share a sample's tokens (`schedule.py`):
+dX needs nothing more then, dC has more partial sums.
 """
 import torch
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import schedule, tiles
 from .blocks import dot, load_rows, store_rows
 from .pool_forward import LOG2_E, masking, rows_contiguous
 
@@ -47,9 +48,10 @@ def pool_backward_kernel(
     STATS,  # [B, N, 2]  m and r, float32, NORM
     DX,  # [B, N, D]  out, contiguous
     DKEYS,  # [B, N, DK]  out when SEPARATE, contiguous
-    DC,  # [programs, M, DK]  out: partial sums, float32
+    DC,  # [programs, splits, M, DK]  out: partial sums, float32
     B,
     N,
+    span,  # tokens per split, a multiple of BN
     stride_xb, stride_xn,
     stride_kb, stride_kn,
     stride_cb,  # 0 when the codes are shared
@@ -78,6 +80,8 @@ def pool_backward_kernel(
 ):
     pid = tl.program_id(0)
     zero = pid.to(tl.int64) * 0
+    part = zero + pid * tl.num_programs(1) + tl.program_id(1)
+    first = tl.program_id(1) * span
     views = tl.arange(0, MP)
     view_ok = views < M
     pairs = view_ok[:, None] & view_ok[None, :]
@@ -116,8 +120,8 @@ def pool_backward_kernel(
         count = N
         if MASKING == 1:
             count = tl.minimum(tl.maximum(tl.load(LENGTHS + b), 0), N)
-        # Over all N tokens, since those that take no part need their zeros written; they are not read.
-        for n0 in tl.range(0, N, BN, num_stages=STAGES):
+        # Over all tokens of the split, since those that take no part need their zeros written; they are not read.
+        for n0 in tl.range(first, tl.minimum(first + span, N), BN, num_stages=STAGES):
             n = tl.arange(0, BN)
             inside = n0 + n < N
             ok = n0 + n < count
@@ -196,7 +200,7 @@ def pool_backward_kernel(
         summed_k = d_codes[k]
         if NORM:
             summed_k = summed_k - offset[None, :, None]
-        partial = DC + (zero + pid) * M * DK
+        partial = DC + part * M * DK
         store_rows(partial, views, k * NW * DKW + key_columns, DK, view_ok, summed_k, DK, NCK * NW * DKW != DK)
 
 
@@ -219,20 +223,19 @@ def pool_backward(
     if batch == 0:
         return d_tokens.to(tokens.dtype), torch.zeros_like(codes, dtype=torch.float32), d_keys.to(tokens.dtype)
 
-    per_sample = codes.dim() == 3
-    programs = batch if per_sample else min(batch, tiles.backward_programs(tokens.device))
-    partial = torch.empty(programs, views, key_width, dtype=torch.float32, device=tokens.device)
-    norm = kappa is not None
+    per_sample, norm = codes.dim() == 3, kappa is not None
     tile = tiles.choose("backward", tokens, views, key_width if separate else None, norm)
+    plan = schedule.backward(tokens, tile.block_n, per_sample)
+    partial = torch.empty(plan.programs, plan.splits, views, key_width, dtype=torch.float32, device=tokens.device)
     tokens = rows_contiguous(tokens)
     keys = rows_contiguous(keys) if separate else tokens
     codes = codes.contiguous()
     with tiles.device_of(tokens):
-        pool_backward_kernel[(programs,)](
+        pool_backward_kernel[(plan.programs, plan.splits)](
             tokens, keys, codes, *masking(lengths, mask),
             d_pooled.to(tokens.dtype).contiguous(),
             None if symmetric is None else symmetric.contiguous(),
-            delta.contiguous(), lse, kappa, sigma, stats, d_tokens, d_keys, partial, batch, length,
+            delta.contiguous(), lse, kappa, sigma, stats, d_tokens, d_keys, partial, batch, length, plan.span,
             tokens.stride(0), tokens.stride(1), keys.stride(0), keys.stride(1),
             codes.stride(0) if per_sample else 0,
             views if per_sample else 0,
@@ -247,5 +250,5 @@ def pool_backward(
             H_PRECISION="ieee" if tokens.dtype == torch.float32 else "tf32",
             **tile.options(),
         )
-    d_codes = partial if per_sample else partial.sum(0)
+    d_codes = partial.sum(1) if per_sample else partial.sum((0, 1))
     return d_tokens.to(tokens.dtype), d_codes, d_keys.to(tokens.dtype)

@@ -1,6 +1,6 @@
 """Forward of multi-view attention pooling: one read of the tokens, A never stored.
 
-One program per sample b walks over tiles of BN tokens with an online softmax in base 2:
+A program walks over tiles of BN tokens with an online softmax in base 2:
 
     s_in = scale · log2(e) · ⟨c_i, k_n⟩          -inf where token n takes no part
     μ'_i = max(μ_i, max_n s_in)                   α_i  = 2^(μ_i − μ'_i)
@@ -18,16 +18,57 @@ codes come folded, c' = γ ∘ c, with κ_i = Σ_d c'_id:
 
 with w rounded in all three sums, so that the weights of the x̂_n sum to 1. P̂ is what is written, P = γ ∘ P̂ + β follows
 outside; m and r are written for the backward.
+
+Three ways to lay the work out, chosen by `schedule.py`:
+
+    a program per sample;
+    PERSISTENT, for short samples: a program runs through the tiles of many samples in one loop, so that the loads of
+    the next sample are under way before this one is written;
+    splits, for few samples: programs share a sample's tokens and `combine.py` puts their results together.
+
+Where M views are more than a program can hold, each takes a group of MP of them. The Gram matrix between groups then
+comes from the logits, which are written for that (GRAM == 2) and multiplied by `group_gram.py`.
 """
 import torch
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import schedule, tiles
 from .blocks import dot, load_rows, store_rows
+from .combine import combine_splits
+from .group_gram import group_gram
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def write_views(
+    P, G, LSE, row, views, view_ok, columns, acc, mu, l_parts, gram, offset_parts, weight_parts,
+    M: tl.constexpr, D: tl.constexpr, DW: tl.constexpr, NC: tl.constexpr, NW: tl.constexpr, GRAM: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Ends a sample (or a split of one): divides by the sums and writes P, G and lse at `row`."""
+    total = tl.sum(l_parts, 1)
+    occupied = total > 0
+    total = tl.where(occupied, total, 1.0)
+    inverse = tl.where(occupied, 1.0 / total, 0.0)
+    unit_inverse = inverse
+    if NORM:
+        offset = tl.sum(offset_parts, 1)
+        weight = tl.sum(weight_parts, 1)
+        unit_inverse = tl.where(occupied, 1.0 / tl.where(occupied, weight, 1.0), 0.0)
+    for k in tl.static_range(NC):
+        pooled = acc[k]
+        if NORM:
+            pooled = pooled - offset[None, :, None]
+        pooled = pooled * unit_inverse[None, :, None]
+        store_rows(P + row * M * D, views, k * NW * DW + columns, D, view_ok, pooled, D, NC * NW * DW != D)
+    if GRAM == 1:
+        pairs = view_ok[:, None] & view_ok[None, :]
+        gram = gram * inverse[:, None] * inverse[None, :]
+        tl.store(G + row * M * M + views[:, None] * M + views[None, :], gram, mask=pairs)
+    tl.store(LSE + row * M + views, tl.where(occupied, (mu + tl.log2(total)) * LN_2, float("inf")), mask=view_ok)
 
 
 @triton.jit
@@ -37,12 +78,15 @@ def pool_forward_kernel(
     C,  # [M, DK] or [B, M, DK]  view codes, contiguous
     LENGTHS,  # [B] int32, MASKING == 1
     MASK,  # [B, N] int32, MASKING == 2, contiguous
-    P,  # [B, M, D]   out: pooled views, contiguous
-    G,  # [B, M, M]   out: Gram matrix, float32
-    LSE,  # [B, M]    out: log-sum-exp of the logits, float32
+    P,  # [B, splits, M, D]  out: pooled views, contiguous
+    G,  # [B, splits, M, M]  out: Gram matrix, float32, GRAM == 1
+    LSE,  # [B, splits, M]   out: log-sum-exp of the logits, float32
+    LOGITS,  # [B, M, N]  out: s in base 2, -inf where a token takes no part, float32, GRAM == 2
     KAPPA,  # [M] or [B, M]  κ, float32, NORM
     STATS,  # [B, N, 2]  out: m and r of the tokens that take part, float32, NORM
+    B,
     N,
+    span,  # tokens per split, a multiple of BN
     stride_xb, stride_xn,
     stride_kb, stride_kn,
     stride_cb,  # 0 when the codes are shared
@@ -50,7 +94,8 @@ def pool_forward_kernel(
     scale,  # of the logits, times log2(e)
     eps,  # of the LayerNorm
     M: tl.constexpr,
-    MP: tl.constexpr,  # M padded to a power of two
+    MP: tl.constexpr,  # views of a program: M padded to a power of two, or a group of them
+    GROUPS: tl.constexpr,
     D: tl.constexpr,
     DW: tl.constexpr,
     NC: tl.constexpr,
@@ -60,15 +105,21 @@ def pool_forward_kernel(
     NW: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
+    PERSISTENT: tl.constexpr,  # only with shared codes and one split
+    SAMPLES: tl.constexpr,  # most samples of a PERSISTENT program
     SEPARATE: tl.constexpr,
     MASKING: tl.constexpr,
-    GRAM: tl.constexpr,
+    GRAM: tl.constexpr,  # 0 none, 1 here, 2 through the logits
     NORM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    b = tl.program_id(0).to(tl.int64)
+    # Groups of one sample are neighbours, so that all but the first find its tokens in the L2 cache.
+    pid = tl.program_id(0) // GROUPS
+    programs = tl.num_programs(0) // GROUPS
+    split = tl.program_id(1)
+    b = pid.to(tl.int64)
     zero = b * 0  # int64 zero: what a tile offset is added to before it meets a stride
-    views = tl.arange(0, MP)
+    views = (tl.program_id(0) % GROUPS) * MP + tl.arange(0, MP)
     view_ok = views < M
     columns = tl.arange(0, NW)[:, None] * DW + tl.arange(0, DW)[None, :]
     key_columns = tl.arange(0, NW)[:, None] * DKW + tl.arange(0, DKW)[None, :]
@@ -85,15 +136,43 @@ def pool_forward_kernel(
     mu = tl.full([MP], float("-inf"), tl.float32)
     l_parts = tl.zeros([MP, BN], tl.float32)  # l before its sum over n, taken once at the end
     gram = tl.zeros([MP, MP], tl.float32)
+    offset_parts = tl.zeros([MP, BN], tl.float32)  # NORM: w m and w / r before their sums over n
+    weight_parts = tl.zeros([MP, BN], tl.float32)
     if NORM:
         kappa = tl.load(KAPPA + b * stride_kappa + views, mask=view_ok, other=0.0)
-        offset_parts = tl.zeros([MP, BN], tl.float32)  # w m and w / r before their sums over n
-        weight_parts = tl.zeros([MP, BN], tl.float32)
 
     count = N
-    if MASKING == 1:
-        count = tl.minimum(tl.maximum(tl.load(LENGTHS + b), 0), N)
-    for n0 in tl.range(0, count, BN, num_stages=STAGES):
+    if PERSISTENT:  # every sample has a tile, even one without tokens: its zeros are written too
+        if MASKING == 1:
+            order = tl.arange(0, SAMPLES)
+            sample = pid + order * programs
+            counts = tl.minimum(tl.maximum(tl.load(LENGTHS + sample, mask=sample < B, other=0), 0), N)
+            ends = tl.cumsum(tl.where(sample < B, tl.maximum(tl.cdiv(counts, BN), 1), 0), 0)
+            steps = tl.max(ends, 0)
+        else:
+            tiles_each = tl.cdiv(N, BN)
+            steps = tl.cdiv(B - pid, programs) * tiles_each
+    else:
+        if MASKING == 1:
+            count = tl.minimum(tl.maximum(tl.load(LENGTHS + b), 0), N)
+        begin = split * span
+        count = tl.minimum(count, begin + span)
+        steps = tl.cdiv(tl.maximum(count - begin, 0), BN)
+
+    for step in tl.range(0, steps, num_stages=STAGES):
+        # Where the tile lies comes from `step` alone: were it carried along, loads could not run ahead.
+        if PERSISTENT:
+            if MASKING == 1:
+                done = ends <= step
+                index = tl.sum(done.to(tl.int32), 0)
+                n0 = (step - tl.max(tl.where(done, ends, 0), 0)) * BN
+                count = tl.sum(tl.where(order == index, counts, 0), 0)
+            else:
+                index = step // tiles_each
+                n0 = (step % tiles_each) * BN
+            b = zero + pid + index * programs
+        else:
+            n0 = begin + step * BN
         n = tl.arange(0, BN)
         ok = n0 + n < count
         if MASKING == 2:
@@ -131,6 +210,9 @@ def pool_forward_kernel(
             tl.store(stats, m, mask=ok)
             tl.store(stats + 1, r, mask=ok)
         s = tl.where(ok[None, :], s * scale, float("-inf"))
+        if GRAM == 2:
+            table = LOGITS + b * M * N + views[:, None] * N + n0 + n[None, :]
+            tl.store(table, s, mask=view_ok[:, None] & (n0 + n < N)[None, :])
 
         mu_new = tl.maximum(mu, tl.max(s, 1))
         mu_safe = tl.where(mu_new == float("-inf"), 0.0, mu_new)  # nothing valid so far: no -inf - -inf
@@ -148,29 +230,32 @@ def pool_forward_kernel(
         for k in tl.static_range(NC):
             scaled = scaled + (dot(w3, xs[k], acc[k] * alpha[None, :, None], UPCAST),)
         acc = scaled
-        if GRAM:
+        if GRAM == 1:
             gram = dot(p, tl.trans(p), gram * (alpha[:, None] * alpha[None, :]), UPCAST)
         mu = mu_new
 
-    total = tl.sum(l_parts, 1)
-    occupied = total > 0
-    total = tl.where(occupied, total, 1.0)
-    inverse = tl.where(occupied, 1.0 / total, 0.0)
-    if NORM:
-        offset = tl.sum(offset_parts, 1)
-        weight = tl.sum(weight_parts, 1)
-        unit_inverse = tl.where(occupied, 1.0 / tl.where(occupied, weight, 1.0), 0.0)
-    for k in tl.static_range(NC):
-        if NORM:
-            pooled = (acc[k] - offset[None, :, None]) * unit_inverse[None, :, None]
-        else:
-            pooled = acc[k] * inverse[None, :, None]
-        store_rows(P + b * M * D, views, k * NW * DW + columns, D, view_ok, pooled, D, NC * NW * DW != D)
-    if GRAM:
-        pairs = view_ok[:, None] & view_ok[None, :]
-        gram = gram * inverse[:, None] * inverse[None, :]
-        tl.store(G + b * M * M + views[:, None] * M + views[None, :], gram, mask=pairs)
-    tl.store(LSE + b * M + views, tl.where(occupied, (mu + tl.log2(total)) * LN_2, float("inf")), mask=view_ok)
+        if PERSISTENT:
+            if n0 + BN >= count:
+                write_views(
+                    P, G, LSE, b, views, view_ok, columns, acc, mu, l_parts, gram, offset_parts, weight_parts,
+                    M, D, DW, NC, NW, GRAM, NORM,
+                )
+                cleared = ()  # by zeros, not by a factor of 0: Inf or NaN in one sample must not reach the next
+                for k in tl.static_range(NC):
+                    cleared = cleared + (tl.zeros([NW, MP, DW], tl.float32),)
+                acc = cleared
+                mu = tl.full([MP], float("-inf"), tl.float32)
+                l_parts = tl.zeros([MP, BN], tl.float32)
+                gram = tl.zeros([MP, MP], tl.float32)
+                offset_parts = tl.zeros([MP, BN], tl.float32)
+                weight_parts = tl.zeros([MP, BN], tl.float32)
+
+    if not PERSISTENT:
+        row = b * tl.num_programs(1) + split
+        write_views(
+            P, G, LSE, row, views, view_ok, columns, acc, mu, l_parts, gram, offset_parts, weight_parts,
+            M, D, DW, NC, NW, GRAM, NORM,
+        )
 
 
 def pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram, kappa=None, eps=0.0):
@@ -181,33 +266,51 @@ def pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram, kappa=Non
     """
     batch, length, width = tokens.shape
     views = codes.shape[-2]
-    separate, norm = keys is not None, kappa is not None
+    separate, norm, per_sample = keys is not None, kappa is not None, codes.dim() == 3
     tokens = rows_contiguous(tokens)
     keys = rows_contiguous(keys) if separate else tokens
     codes = codes.contiguous()
     tile = tiles.choose("forward", tokens, views, codes.shape[-1] if separate else None, norm)
-    out = torch.float32 if norm else tiles.output_dtype(tokens.dtype)
-    pooled = torch.empty(batch, views, width, dtype=out, device=tokens.device)
+    plan = schedule.forward(tokens, tile.block_n, per_sample)
+    groups = tile.groups(views)
+    out = torch.float32 if norm or plan.splits > 1 else tiles.output_dtype(tokens.dtype)
     side = views if need_gram else 0
-    gram = torch.empty(batch, side, side, dtype=torch.float32, device=tokens.device)
-    lse = torch.empty(batch, views, dtype=torch.float32, device=tokens.device)
-    stats = torch.empty(batch, length, 2, dtype=torch.float32, device=tokens.device) if norm else None
-    per_sample = codes.dim() == 3
-    if batch:
-        with tiles.device_of(tokens):
-            pool_forward_kernel[(batch,)](
-                tokens, keys, codes, *masking(lengths, mask), pooled, gram, lse, kappa, stats, length,
-                tokens.stride(0), tokens.stride(1), keys.stride(0), keys.stride(1),
-                codes.stride(0) if per_sample else 0,
-                views if per_sample else 0,
-                scale * LOG2_E, eps,
-                **tile.constants(views, width, keys.shape[2]),
-                SEPARATE=separate,
-                MASKING=1 if lengths is not None else 2 if mask is not None else 0,
-                GRAM=need_gram,
-                NORM=norm,
-                **tile.options(),
-            )
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=tokens.device)
+
+    splits = () if plan.splits == 1 else (plan.splits,)
+    pooled = empty(batch, *splits, views, width, dtype=out)
+    gram = empty(batch, *splits, side, side) if groups == 1 else None
+    lse = empty(batch, *splits, views)
+    logits = empty(batch, views, length) if need_gram and groups > 1 else None
+    stats = empty(batch, length, 2) if norm else None
+    if batch == 0:
+        return pooled.to(tokens.dtype), empty(0, side, side), lse, stats
+    with tiles.device_of(tokens):
+        pool_forward_kernel[(plan.programs * groups, plan.splits)](
+            tokens, keys, codes, *masking(lengths, mask), pooled, gram, lse, logits, kappa, stats,
+            batch, length, plan.span,
+            tokens.stride(0), tokens.stride(1), keys.stride(0), keys.stride(1),
+            codes.stride(0) if per_sample else 0,
+            views if per_sample else 0,
+            scale * LOG2_E, eps,
+            **tile.constants(views, width, keys.shape[2]),
+            GROUPS=groups,
+            PERSISTENT=plan.persistent,
+            SAMPLES=schedule.MOST_SAMPLES,
+            SEPARATE=separate,
+            MASKING=1 if lengths is not None else 2 if mask is not None else 0,
+            GRAM=0 if not need_gram else 2 if groups > 1 else 1,
+            NORM=norm,
+            **tile.options(),
+        )
+        if plan.splits > 1:
+            out = torch.float32 if norm else tiles.output_dtype(tokens.dtype)
+            pooled, gram, lse = combine_splits(pooled, gram, lse, out)
+        if logits is not None:
+            gram = group_gram(logits, lse, tokens.dtype)
+    gram = empty(batch, 0, 0) if gram is None else gram
     return (pooled if norm else pooled.to(tokens.dtype)), gram, lse, stats
 
 

@@ -1,8 +1,4 @@
-"""Launch table: which tile each kernel uses for an architecture, dtype, width and number of views.
-
-Chosen ahead of time from what the compiler makes of it (registers, spills, shared memory: `aot.py`), not yet tuned on a
-GPU; never tuned at run time, so that results and speed do not change between runs or between the ranks of a job.
-"""
+"""Which tile each kernel uses, and what stands in the way of one: the launch table, applied to the GPU at hand."""
 from __future__ import annotations
 
 import contextlib
@@ -10,6 +6,8 @@ import os
 from typing import NamedTuple
 
 import torch
+
+from . import launch_table
 
 KERNELS = ("forward", "backward")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,13 +22,18 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     maxnreg: int | None
+    views: int  # views that a program holds: M padded to a power of two, or the size of a group
+
+    def groups(self, views: int) -> int:
+        """Programs that share out the views of a sample."""
+        return -(-views // self.views)
 
     def constants(self, views: int, width: int, key_width: int) -> dict:
         """The kernel's compile-time sizes."""
         dw, chunks = chunking(width, self.num_warps)
         key_dw, key_chunks = chunking(key_width, self.num_warps)
         return {
-            "M": views, "MP": padded_views(self.kernel, views),
+            "M": views, "MP": self.views,
             "D": width, "DW": dw, "NC": chunks,
             "DK": key_width, "DKW": key_dw, "NCK": key_chunks,
             "NW": self.num_warps, "BN": self.block_n, "STAGES": self.num_stages,
@@ -49,9 +52,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def padded_views(kernel: str, views: int) -> int:
+def padded_views(kernel: str, views: int, wide: int) -> int:
+    """Views of a program. The backward needs all of them (H mixes them), the forward takes at most 32 at a time."""
     padded = 1 << (views - 1).bit_length()
-    return max(padded, 16) if kernel == "backward" else padded
+    if kernel == "backward":
+        return max(padded, 16)
+    return min(padded, 32 if wide <= 1280 else 16)
 
 
 def chunking(width: int, num_warps: int) -> tuple[int, int]:
@@ -65,39 +71,26 @@ def chunking(width: int, num_warps: int) -> tuple[int, int]:
 def tile_for(
     kernel: str, capability, dtype: torch.dtype, width: int, key_width: int | None, views: int, norm: bool = False
 ) -> Tile:
-    """The table. `capability` (major, minor) sets the shared memory there is; None is the interpreter, without limit.
-
-    BN = 16 everywhere: registers grow with BN · D / NW, and 16 is the least that a product over tokens can take. Eight
-    warps unless D is small, or so large that a forward with sixteen avoids spills and fills the multiprocessor better.
-    Three stages keep one tile in flight while one is computed; two where shared memory is short.
-    """
+    """The tile for `capability` (major, minor); None is the interpreter, which has no limits."""
     wide = max(width, key_width or 0)
-    num_warps = 8
-    if wide <= 256 and views <= 16:
-        num_warps = 4
-    elif kernel == "forward" and views <= 16 and 768 < wide <= 1280 and dtype != torch.float32 and not norm:
-        num_warps = 16
-    # At 128 registers two blocks of eight warps share a multiprocessor; what fits without spills is told so.
-    small = kernel == "forward" and views <= 16 and wide <= (384 if norm else 768) and key_width is None
-    maxnreg = 128 if small and num_warps == 8 else None
-    if dtype == torch.float32:  # left alone, ptxas gives up on the largest float32 kernels and spills all but 32
-        maxnreg = 255
-    tile = Tile(kernel, dtype, 16, num_warps, 3, maxnreg)
-    if norm and kernel == "backward":  # registers are short: a shallower pipeline is what avoids spills
-        tile = tile._replace(num_stages=1 if wide >= 1024 else 2)
-    if shared_bytes(tile, width, key_width, views) > shared_limit(capability):
-        tile = tile._replace(num_stages=min(tile.num_stages, 2))
+    held = padded_views(kernel, views, wide)
+    row = launch_table.row(kernel, capability, dtype, wide, held, norm)
+    if key_width is not None and row.maxnreg == 128:  # two kinds of tiles do not fit the registers of two blocks
+        row = row._replace(maxnreg=None)
+    tile = Tile(kernel, dtype, launch_table.BLOCK_N, *row, held)
+    while tile.num_stages > 2 and shared_bytes(tile, width, key_width) > shared_limit(capability):
+        tile = tile._replace(num_stages=tile.num_stages - 1)
     return tile
 
 
-def shared_bytes(tile: Tile, width: int, key_width: int | None, views: int) -> int:
+def shared_bytes(tile: Tile, width: int, key_width: int | None) -> int:
     """Upper bound of the shared memory that the compiler asks for; a test holds it against what the compiler does.
 
     Codes (and, backward, dP) stay for the whole program, tiles of tokens (and keys) are buffered for the pipeline, S is
     reduced across warps, and the backward holds H and A.
     """
     element = tile.dtype.itemsize
-    rows = padded_views(tile.kernel, views)
+    rows = tile.views
     padded = _padded(width, tile.num_warps)
     key_padded = 0 if key_width is None else _padded(key_width, tile.num_warps)
     scored = padded if key_width is None else key_padded
@@ -150,7 +143,7 @@ def obstacle(
     if capability is not None and capability[0] < 8:
         return f"the kernels need compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
     tile = tile_for(kernel, capability, dtype, width, key_width, views, norm)
-    need, limit = shared_bytes(tile, width, key_width, views), shared_limit(capability)
+    need, limit = shared_bytes(tile, width, key_width), shared_limit(capability)
     if need > limit:
         return (
             f"{views} views of width {wide} in {str(dtype)[6:]} need {need // 1024} KiB of shared memory, "
@@ -167,10 +160,3 @@ def output_dtype(dtype: torch.dtype) -> torch.dtype:
 def device_of(tensor: torch.Tensor):
     """Launch on the tensor's own GPU, whichever is current."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def backward_programs(device: torch.device) -> int:
-    """Programs of the backward: two per multiprocessor, a constant of the device so that sums repeat bit for bit."""
-    if device.type == "cuda":
-        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return 4

@@ -16,7 +16,7 @@ for line in sys.stdin:
     dtype = getattr(torch, dtype)
     found = aot.compile_kernel(kernel, capability, dtype, views, width, key_width, masking=masking, norm=norm)
     tile = tiles.tile_for(kernel, (capability // 10, capability % 10), dtype, width, key_width, views, norm)
-    print(json.dumps({**found._asdict(), "bound": tiles.shared_bytes(tile, width, key_width, views),
+    print(json.dumps({**found._asdict(), "bound": tiles.shared_bytes(tile, width, key_width),
                       "limit": tiles.shared_limit((capability // 10, capability % 10))}), flush=True)
 """
 
