@@ -21,7 +21,10 @@ EXTRAS = {
     "export": EXPORT,
     "trt": [*EXPORT, "tensorrt>=10.12,!=10.14.*"],
     "scale": [*TRAIN, "accelerate>=1.0", "webdataset>=0.2.80", "tensorboard>=2.14"],
-    "dev": [*EXPORT, "timm>=1.0.17", "transformers>=4.40", "pytest>=8", "ruff>=0.6", "setuptools>=70", "wheel"],
+    "dev": [
+        *EXPORT, "timm>=1.0.17", "transformers>=4.40", "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "setuptools>=70",
+        "wheel",
+    ],
 }
 
 setup(

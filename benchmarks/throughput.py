@@ -23,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from plot import plot  # noqa: E402
 from providers import OTHER_WORK, SAME_WORK, Inputs, Unavailable, gate  # noqa: E402
-from timing import copy_gb_s, peak_extra_mb, repetitions_ms, summary  # noqa: E402
+from timing import copy_gb_s, interleaved_ms, peak_extra_mb, saved_mb, summary  # noqa: E402
 
 from mvam_fast.files import write_json  # noqa: E402
 from mvam_fast.version import __version__  # noqa: E402
@@ -42,29 +42,31 @@ def time_case(shape: str, batch: int, views: int, dtype: torch.dtype, device: to
     length, width = SHAPES[shape]
     inputs = Inputs.make(batch, length, width, views, dtype, device)
     about = {"shape": shape, "batch": batch, "views": views, "dtype": str(dtype)[6:]}
-    rows = []
+    rows, ready = [], {}
     for provider in options.providers:
         bar.set_description(f"{shape} {provider}")
-        same_work = provider in SAME_WORK
-        common = {**about, "provider": provider, "same_work": same_work}
+        common = {**about, "provider": provider, "same_work": provider in SAME_WORK}
         try:
-            steps, extra = _steps(provider, inputs)
+            ready[provider] = common, *_steps(provider, inputs)
         except Exception as error:  # whatever a peer does, the others are still timed
             reason = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
             rows += [{**common, "mode": mode, "reason": reason.strip().splitlines()[0][:200]} for mode in MODES]
             bar.update(len(MODES))
-            continue
-        for mode in MODES:
-            times = repetitions_ms(steps[mode], device, seconds=options.seconds)
-            row = {**common, **extra, "mode": mode, **summary(times)}
+    for mode in MODES:
+        bar.set_description(f"{shape} {mode}")
+        steps = {provider: steps[mode] for provider, (_, steps, _) in ready.items()}
+        times = interleaved_ms(steps, device, seconds=options.seconds)
+        for provider, (common, _, extra) in ready.items():
+            row = {**common, **extra, "mode": mode, **summary(times[provider])}
             row["gb_s"] = inputs.moved_bytes(mode) / row["median_ms"] / 1e6
-            row["peak_extra_mb"] = peak_extra_mb(steps[mode], device)
-            rows.append({**row, "repetitions_ms": times})
+            row["peak_extra_mb"] = peak_extra_mb(steps[provider], device)
+            rows.append({**row, "repetitions_ms": times[provider]})
             bar.update()
-    eager = {row["mode"]: row.get("median_ms") for row in rows if row["provider"] == "eager"}
+    eager = {row["mode"]: row for row in rows if row["provider"] == "eager"}
     for row in rows:
         if "median_ms" in row:
-            row["ratio"] = eager[row["mode"]] / row["median_ms"]
+            row["ratio"] = eager[row["mode"]]["median_ms"] / row["median_ms"]
+            row["ratio_of_minima"] = eager[row["mode"]]["min_ms"] / row["min_ms"]
     return rows
 
 
@@ -97,7 +99,8 @@ def _steps(provider: str, inputs: Inputs) -> tuple[dict, dict]:
 
     forward()
     forward_backward()
-    return dict(zip(MODES, (forward, forward_backward), strict=True)), {"first_call_s": time.perf_counter() - began}
+    extra = {"first_call_s": time.perf_counter() - began, "saved_mb": saved_mb(lambda: outputs()[0], leaves)}
+    return dict(zip(MODES, (forward, forward_backward), strict=True)), extra
 
 
 def machine(device: torch.device) -> dict:
@@ -126,12 +129,12 @@ def _cpu_name() -> str:
 
 def table(rows: list[dict]) -> str:
     left = f"{'shape':16}{'batch':>6} {'mode':18}{'provider':29}"
-    lines = [f"{left}{'median ms':>10}{'ratio':>7}{'GB/s':>8}{'% of copy':>11}"]
+    lines = [f"{left}{'median ms':>10}{'ratio':>7}{'by min':>8}{'saved MB':>10}{'GB/s':>8}{'% of copy':>11}"]
     for row in rows:
         left = f"{row['shape']:16}{row['batch']:>6} {row['mode']:18}{row['provider']:29}"
         if "median_ms" in row:
-            numbers = f"{row['median_ms']:10.3f}{row['ratio']:7.2f}{row['gb_s']:8.1f}{row['percent_of_copy']:11.1f}"
-            lines.append(left + numbers)
+            numbers = f"{row['median_ms']:10.3f}{row['ratio']:7.2f}{row['ratio_of_minima']:8.2f}{row['saved_mb']:10.2f}"
+            lines.append(f"{left}{numbers}{row['gb_s']:8.1f}{row['percent_of_copy']:11.1f}")
         else:
             lines.append(f"{left}  {row['reason']}")
     return "\n".join(lines)
@@ -183,7 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.device.startswith("cuda"):
         print("On a CPU: small batches, and no Triton kernel.")
     print(f"copy: {result['copy_gb_s']:.1f} GB/s. {result['note']}")
-    print("ratio: eager's time divided by the provider's. Poolers with a library's name do other, costlier work.")
+    print("ratio: eager's median time divided by the provider's, and the same of the minima; saved: what autograd keeps")
+    print("for the backward besides the inputs. Poolers with a library's name do other, costlier work.")
     print(table(result["rows"]))
     if options.plot:
         plot(result["rows"], options.plot, f"{about['device']}, torch {about['torch']}, {options.dtype}")

@@ -40,12 +40,43 @@ def repetitions_ms(
     return found
 
 
+def interleaved_ms(
+    steps: dict[str, Callable[[], object]], device: torch.device, *, seconds: float, rounds: int = 5
+) -> dict[str, list[float]]:
+    """`repetitions_ms` of each step, in turns: what else the machine does in the meantime meets all of them alike.
+
+    In blocks, not one by one: after another step has freed its memory, the first repetitions pay for page faults.
+    """
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            found[name] += repetitions_ms(step, device, seconds=seconds / rounds, least=3)
+    return found
+
+
+def saved_mb(outputs: Callable[[], object], leaves: tuple[torch.Tensor, ...]) -> float:
+    """What autograd keeps for the backward besides the inputs, 10⁶ bytes."""
+    inputs = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in inputs:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive = outputs()  # or its addresses could be used again
+    del alive
+    return sum(kept.values()) / 1e6
+
+
 def summary(repetitions: list[float]) -> dict[str, float]:
-    """Median with the 20th and 80th percentile."""
+    """Median with the 20th and 80th percentile, and the least."""
     if len(repetitions) < 2:
-        return dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), repetitions[0])
+        return dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "min_ms"), repetitions[0])
     fifths = statistics.quantiles(repetitions, n=5, method="inclusive")
-    return {"median_ms": statistics.median(repetitions), "p20_ms": fifths[0], "p80_ms": fifths[3]}
+    return {"median_ms": statistics.median(repetitions), "p20_ms": fifths[0], "p80_ms": fifths[3], "min_ms": min(repetitions)}
 
 
 def copy_gb_s(device: torch.device) -> float:

@@ -83,9 +83,8 @@ def compile_kernel(
             signature[name] = "fp32" if name in _FLOATS else "i32"
             if name.startswith("stride"):
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": tile.num_warps} | ({"maxnreg": tile.maxnreg} if tile.maxnreg else {})
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tile.options())
     return _resources(compiled, capability, tile.num_warps)
 
 

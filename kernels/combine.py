@@ -5,7 +5,6 @@
 
 lse_si = +inf is a split without a valid token; it has no weight.
 """
-import torch
 import triton
 import triton.language as tl
 
@@ -66,7 +65,7 @@ def combine_kernel(
 
 
 def combine_splits(pooled, gram, lse, dtype):
-    """P [B,M,D] in `dtype`, G [B,M,M] (None without `gram`) and lse [B,M] of pooled [B,S,M,D], gram and lse likewise."""
+    """P [B,M,D] in `dtype`, G [B,M,M] (None without `gram`), lse [B,M] of pooled [B,S,M,D], gram and lse likewise."""
     batch, splits, views, width = pooled.shape
     padded = 1 << (views - 1).bit_length()
     block = 128 if padded <= 32 else 64

@@ -14,7 +14,8 @@ from .blocks import dot
 
 @triton.jit
 def group_gram_kernel(
-    LOGITS,  # [B, M, N] float32, base 2, -inf where a token takes no part
+    LOGITS,  # [B, M, N] float32, base 2, -inf where a token takes no part; unset beyond the length
+    LENGTHS,  # [B] int32 or None
     LSE,  # [B, M] float32
     G,  # [B, M, M] out, float32
     N,
@@ -29,9 +30,12 @@ def group_gram_kernel(
     view_ok = views < M
     lse = tl.load(LSE + b * M + views, mask=view_ok, other=float("inf")) * 1.4426950408889634
     gram = tl.zeros([MP, MP], tl.float32)
-    for n0 in range(0, N, BN):
+    count = N
+    if LENGTHS is not None:
+        count = tl.minimum(tl.maximum(tl.load(LENGTHS + b), 0), N)
+    for n0 in range(0, count, BN):
         n = n0 + tl.arange(0, BN)
-        ok = view_ok[:, None] & (n < N)[None, :]
+        ok = view_ok[:, None] & (n < count)[None, :]
         s = tl.load(LOGITS + b * M * N + views[:, None] * N + n[None, :], mask=ok, other=float("-inf"))
         a = tl.where(s == float("-inf"), 0.0, tl.exp2(s - lse[:, None]))
         if HALF is not None:
@@ -44,12 +48,12 @@ def group_gram_kernel(
 _HALVES = {torch.float32: None, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def group_gram(logits, lse, dtype):
-    """G [B,M,M] float32 from logits [B,M,N] and lse [B,M]; `dtype` is that of the tokens."""
+def group_gram(logits, lengths, lse, dtype):
+    """G [B,M,M] float32 from logits [B,M,N], lengths [B] int32 or None, lse [B,M]; `dtype` is that of the tokens."""
     batch, views, length = logits.shape
     gram = lse.new_empty(batch, views, views)
     group_gram_kernel[(batch,)](
-        logits, lse, gram, length,
+        logits, lengths, lse, gram, length,
         M=views, MP=1 << (views - 1).bit_length(), BN=32, HALF=_HALVES[dtype],
         UPCAST=tiles.interpreting() and dtype == torch.bfloat16,
     )  # fmt: skip

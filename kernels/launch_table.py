@@ -13,6 +13,7 @@ MVAM_LAUNCH_TABLE names it.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -35,7 +36,7 @@ _TABLE = {
     ("forward", False, 2, 32): {2048: Row(8, 3)},
     ("forward", False, 4, 16): {256: Row(4, 3, 255), 2048: Row(8, 3, 255)},
     ("forward", False, 4, 32): {2048: Row(8, 3, 255)},
-    ("forward", True, 2, 16): {256: Row(4, 3), 384: Row(8, 3, 128), 2048: Row(8, 3)},
+    ("forward", True, 2, 16): {256: Row(4, 3), 512: Row(16, 3), 2048: Row(8, 3)},
     ("forward", True, 2, 32): {2048: Row(8, 3)},
     ("forward", True, 4, 16): {256: Row(4, 3, 255), 2048: Row(8, 3, 255)},
     ("forward", True, 4, 32): {2048: Row(8, 3, 255)},
@@ -49,7 +50,22 @@ _TABLE = {
     ("backward", True, 4, 64): {1023: Row(8, 2, 255), 2048: Row(8, 1, 255)},
 }
 # Where a family's compiler does better with another row: (family, kernel, with LayerNorm, bytes, views up to, width).
-_FAMILY: dict[tuple, Row] = {}
+_FAMILY = {
+    (80, "backward", False, 2, 16, 384): Row(16, 3),
+    (80, "backward", True, 2, 16, 512): Row(8, 1),
+    (80, "backward", True, 2, 16, 768): Row(8, 1),
+}
+# Of the widths encoders have, at up to 16 views in half precision, these spill, up to so many bytes per thread, on one
+# architecture or with a mask: they want more than the 255 registers there are (the forward at 768: than the 128 that
+# let two blocks share a multiprocessor). A shallower pipeline avoids it, at the price of not loading ahead.
+SPILLS = {
+    ("forward", False, 768): 8,
+    ("forward", True, 1024): 32,
+    ("forward", True, 1280): 32,
+    ("backward", False, 1024): 56,
+    ("backward", False, 1280): 16,
+    ("backward", True, 1280): 8,
+}
 
 
 def family(capability) -> int:
@@ -60,14 +76,35 @@ def family(capability) -> int:
 
 def row(kernel: str, capability, dtype: torch.dtype, width: int, views: int, norm: bool) -> Row:
     """The row for tokens (and keys) of at most this width, and a program that holds `views` views."""
-    measured = _measured(os.environ.get("MVAM_LAUNCH_TABLE"))
-    found = measured.get((kernel, norm, str(dtype)[6:], width, views))
+    key = (kernel, norm, str(dtype)[6:], width, views)
+    found = _forced.get(key) or _measured(os.environ.get("MVAM_LAUNCH_TABLE")).get(key)
     if found is not None:
         return found
     by_views = [key for key in _TABLE if key[:3] == (kernel, norm, dtype.itemsize) and views <= key[3]]
     key = min(by_views, key=lambda key: key[3])
     bound = min(bound for bound in _TABLE[key] if width <= bound)
     return _FAMILY.get((family(capability), *key, width), _TABLE[key][bound])
+
+
+_forced: dict[tuple, Row] = {}
+
+
+@contextlib.contextmanager
+def forced(key: tuple, candidate: Row):
+    """While it lasts, `candidate` is the row for key (kernel, norm, dtype, width, views): how the tuner tries one."""
+    from . import tiles
+
+    _forced[key] = candidate
+    tiles.forget()
+    try:
+        yield
+    finally:
+        del _forced[key]
+        tiles.forget()
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
 @functools.cache
@@ -77,10 +114,11 @@ def _measured(path: str | None) -> dict[tuple, Row]:
         return {}
     with open(path, encoding="utf-8") as file:
         table = json.load(file)
-    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    if table["device"] != here:
-        raise ValueError(f"MVAM_LAUNCH_TABLE={path} was measured on {table['device']}, this is {here}; tune again")
+    if table["device"] != device_name():
+        raise ValueError(
+            f"MVAM_LAUNCH_TABLE={path} was measured on {table['device']}, this is {device_name()}; tune again here"
+        )
     return {
-        (r["kernel"], r["norm"], r["dtype"], r["D"], r["views"]): Row(r["num_warps"], r["num_stages"], r["maxnreg"])
+        (r["kernel"], r["norm"], r["dtype"], r["D"], r["views"]): Row(*(r[name] for name in Row._fields))
         for r in table["rows"]
     }

@@ -23,12 +23,15 @@ then added in a fixed order, so results repeat bit for bit. With per-sample code
 its partial sum is that sample's gradient. For few samples several programs share a sample's tokens (`schedule.py`):
 dX needs nothing more then, dC has more partial sums.
 """
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from . import schedule, tiles
 from .blocks import dot, load_rows, store_rows
+from .launch import Configuration, Launcher
 from .pool_forward import LOG2_E, masking, rows_contiguous
 
 
@@ -204,6 +207,19 @@ def pool_backward_kernel(
         store_rows(partial, views, k * NW * DKW + key_columns, DK, view_ok, summed_k, DK, NCK * NW * DKW != DK)
 
 
+_launch = Launcher(pool_backward_kernel)
+
+
+@functools.cache
+def _configuration(tile, views, width, key_width, separate, masking, gram, need_dx, need_dk, norm):
+    constants = {
+        **tile.constants(views, width, key_width),
+        "SEPARATE": separate, "MASKING": masking, "GRAM": gram, "NEED_DX": need_dx, "NEED_DK": need_dk, "NORM": norm,
+        "H_PRECISION": "ieee" if tile.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+    return Configuration(constants, tile.options())
+
+
 def pool_backward(
     d_pooled, symmetric, delta, tokens, codes, keys, lengths, mask, lse, scale, need_d_tokens, need_d_keys,
     kappa=None, sigma=None, stats=None,
@@ -231,24 +247,25 @@ def pool_backward(
     keys = rows_contiguous(keys) if separate else tokens
     codes = codes.contiguous()
     with tiles.device_of(tokens):
-        pool_backward_kernel[(plan.programs, plan.splits)](
-            tokens, keys, codes, *masking(lengths, mask),
-            d_pooled.to(tokens.dtype).contiguous(),
-            None if symmetric is None else symmetric.contiguous(),
-            delta.contiguous(), lse, kappa, sigma, stats, d_tokens, d_keys, partial, batch, length, plan.span,
-            tokens.stride(0), tokens.stride(1), keys.stride(0), keys.stride(1),
-            codes.stride(0) if per_sample else 0,
-            views if per_sample else 0,
-            scale, scale * LOG2_E,
-            **tile.constants(views, width, key_width),
-            SEPARATE=separate,
-            MASKING=1 if lengths is not None else 2 if mask is not None else 0,
-            GRAM=symmetric is not None,
-            NEED_DX=need_d_tokens,
-            NEED_DK=need_d_keys,
-            NORM=norm,
-            H_PRECISION="ieee" if tokens.dtype == torch.float32 else "tf32",
-            **tile.options(),
-        )
+        _launch(
+            (plan.programs, plan.splits),
+            (tokens, keys, codes, *masking(lengths, mask), d_pooled.to(tokens.dtype).contiguous()),
+            (
+                None if symmetric is None else symmetric.contiguous(),
+                delta.contiguous(), lse, kappa, sigma, stats, d_tokens, d_keys, partial,
+            ),
+            (
+                batch, length, plan.span,
+                tokens.stride(0), tokens.stride(1), keys.stride(0), keys.stride(1),
+                codes.stride(0) if per_sample else 0,
+                views if per_sample else 0,
+                scale, scale * LOG2_E,
+            ),
+            _configuration(
+                tile, views, width, key_width, separate,
+                1 if lengths is not None else 2 if mask is not None else 0,
+                symmetric is not None, need_d_tokens, need_d_keys, norm,
+            ),
+        )  # fmt: skip
     d_codes = partial.sum(1) if per_sample else partial.sum((0, 1))
     return d_tokens.to(tokens.dtype), d_codes, d_keys.to(tokens.dtype)

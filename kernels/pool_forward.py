@@ -29,6 +29,8 @@ Three ways to lay the work out, chosen by `schedule.py`:
 Where M views are more than a program can hold, each takes a group of MP of them. The Gram matrix between groups then
 comes from the logits, which are written for that (GRAM == 2) and multiplied by `group_gram.py`.
 """
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -37,6 +39,7 @@ from . import schedule, tiles
 from .blocks import dot, load_rows, store_rows
 from .combine import combine_splits
 from .group_gram import group_gram
+from .launch import Configuration, Launcher
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -241,7 +244,7 @@ def pool_forward_kernel(
                     M, D, DW, NC, NW, GRAM, NORM,
                 )
                 cleared = ()  # by zeros, not by a factor of 0: Inf or NaN in one sample must not reach the next
-                for k in tl.static_range(NC):
+                for _ in tl.static_range(NC):
                     cleared = cleared + (tl.zeros([NW, MP, DW], tl.float32),)
                 acc = cleared
                 mu = tl.full([MP], float("-inf"), tl.float32)
@@ -258,6 +261,19 @@ def pool_forward_kernel(
         )
 
 
+_launch = Launcher(pool_forward_kernel)
+
+
+@functools.cache
+def _configuration(tile, views, width, key_width, persistent, separate, masking, gram, norm):
+    constants = {
+        **tile.constants(views, width, key_width),
+        "GROUPS": tile.groups(views), "PERSISTENT": persistent, "SAMPLES": schedule.MOST_SAMPLES,
+        "SEPARATE": separate, "MASKING": masking, "GRAM": gram, "NORM": norm,
+    }  # fmt: skip
+    return Configuration(constants, tile.options())
+
+
 def pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram, kappa=None, eps=0.0):
     """Launches the kernel: P [B,M,D], G [B,M,M] float32 ([B,0,0] without), lse [B,M] float32, and statistics.
 
@@ -270,6 +286,7 @@ def pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram, kappa=Non
     tokens = rows_contiguous(tokens)
     keys = rows_contiguous(keys) if separate else tokens
     codes = codes.contiguous()
+    lengths, mask = masking(lengths, mask)
     tile = tiles.choose("forward", tokens, views, codes.shape[-1] if separate else None, norm)
     plan = schedule.forward(tokens, tile.block_n, per_sample)
     groups = tile.groups(views)
@@ -288,30 +305,33 @@ def pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram, kappa=Non
     if batch == 0:
         return pooled.to(tokens.dtype), empty(0, side, side), lse, stats
     with tiles.device_of(tokens):
-        pool_forward_kernel[(plan.programs * groups, plan.splits)](
-            tokens, keys, codes, *masking(lengths, mask), pooled, gram, lse, logits, kappa, stats,
-            batch, length, plan.span,
-            tokens.stride(0), tokens.stride(1), keys.stride(0), keys.stride(1),
-            codes.stride(0) if per_sample else 0,
-            views if per_sample else 0,
-            scale * LOG2_E, eps,
-            **tile.constants(views, width, keys.shape[2]),
-            GROUPS=groups,
-            PERSISTENT=plan.persistent,
-            SAMPLES=schedule.MOST_SAMPLES,
-            SEPARATE=separate,
-            MASKING=1 if lengths is not None else 2 if mask is not None else 0,
-            GRAM=0 if not need_gram else 2 if groups > 1 else 1,
-            NORM=norm,
-            **tile.options(),
-        )
+        _launch(
+            (plan.programs * groups, plan.splits),
+            (tokens, keys, codes, lengths, mask, pooled),
+            (gram, lse, logits, kappa, stats),
+            (
+                batch, length, plan.span,
+                tokens.stride(0), tokens.stride(1), keys.stride(0), keys.stride(1),
+                codes.stride(0) if per_sample else 0,
+                views if per_sample else 0,
+                scale * LOG2_E, eps,
+            ),
+            _configuration(
+                tile, views, width, keys.shape[2], plan.persistent, separate,
+                1 if lengths is not None else 2 if mask is not None else 0,
+                0 if not need_gram else 2 if groups > 1 else 1,
+                norm,
+            ),
+        )  # fmt: skip
         if plan.splits > 1:
             out = torch.float32 if norm else tiles.output_dtype(tokens.dtype)
             pooled, gram, lse = combine_splits(pooled, gram, lse, out)
         if logits is not None:
-            gram = group_gram(logits, lse, tokens.dtype)
+            gram = group_gram(logits, lengths, lse, tokens.dtype)
     gram = empty(batch, 0, 0) if gram is None else gram
-    return (pooled if norm else pooled.to(tokens.dtype)), gram, lse, stats
+    if not norm and pooled.dtype != tokens.dtype:  # the interpreter's
+        pooled = pooled.to(tokens.dtype)
+    return pooled, gram, lse, stats
 
 
 def rows_contiguous(tensor):

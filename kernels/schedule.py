@@ -40,7 +40,7 @@ def slots(device: torch.device) -> int:
 def splits_of(batch: int, length: int, block_n: int, at_once: int) -> tuple[int, int]:
     """(splits, tokens of a split): the formula above; no split is empty."""
     tiles = max(-(-length // block_n), 1)
-    wanted = max(min(at_once // max(batch, 1), tiles // LEAST_TILES), 1)
+    wanted = max(min(at_once // batch, tiles // LEAST_TILES), 1) if batch else 1
     span = -(-tiles // wanted)
     return -(-tiles // span), span * block_n
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import NamedTuple
 
@@ -41,14 +42,14 @@ class Tile(NamedTuple):
         }  # fmt: skip
 
     def options(self) -> dict:
-        """The launch options; the interpreter takes none of them."""
-        if interpreting():
-            return {}
+        """The launch options."""
         options = {"num_warps": self.num_warps}
         return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
+@functools.cache
 def interpreting() -> bool:
+    """Whether Triton runs through its interpreter, which it decides once, when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -101,6 +102,8 @@ def shared_bytes(tile: Tile, width: int, key_width: int | None) -> int:
     scratch = across_warps * rows
     if tile.dtype == torch.float32:  # products run on the CUDA cores, with operands passed through shared memory
         scratch = across_warps * max((3 if backward else 2) * rows, chunking(scored, tile.num_warps)[0])
+    if not backward:  # the layout that P is written in, once per sample
+        scratch = max(scratch, tile.num_warps * rows * chunking(width, tile.num_warps)[0] * 4)
     tables = (rows * rows + rows * tile.block_n) * 4 if backward else 0
     return kept + buffers + scratch + tables + 256
 
@@ -122,11 +125,21 @@ def shared_limit(capability) -> float:
 
 def choose(kernel: str, tokens: torch.Tensor, views: int, key_width: int | None, norm: bool = False) -> Tile:
     """The tile for these tokens [B,N,D]; ValueError where there is none."""
-    capability = torch.cuda.get_device_capability(tokens.device) if tokens.is_cuda else None
-    reason = obstacle(kernel, capability, tokens.dtype, tokens.shape[2], key_width, views, norm)
+    return _choose(kernel, tokens.device, tokens.dtype, tokens.shape[2], key_width, views, norm)
+
+
+def forget() -> None:
+    """After a change of the launch table: tiles that were chosen before are chosen again."""
+    _choose.cache_clear()
+
+
+@functools.cache
+def _choose(kernel: str, device: torch.device, dtype: torch.dtype, width: int, key_width, views: int, norm: bool):
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    reason = obstacle(kernel, capability, dtype, width, key_width, views, norm)
     if reason:
         raise ValueError(f"no {kernel} kernel for these inputs: {reason}")
-    return tile_for(kernel, capability, tokens.dtype, tokens.shape[2], key_width, views, norm)
+    return tile_for(kernel, capability, dtype, width, key_width, views, norm)
 
 
 def obstacle(

@@ -86,11 +86,13 @@ def _norm_pool_backward(
     return d_tokens, weight * d_folded, d_weight, d_pooled.sum((0, 1))
 
 
-for _device in ("CUDA", "CPU"):  # on the CPU the kernels run through Triton's interpreter
-    _library.impl("pool_forward", _pool_forward, _device)
-    _library.impl("pool_backward", _pool_backward, _device)
-    _library.impl("norm_pool_forward", _norm_pool_forward, _device)
-    _library.impl("norm_pool_backward", _norm_pool_backward, _device)
+_FUNCTIONS = {
+    "pool_forward": _pool_forward, "pool_backward": _pool_backward,
+    "norm_pool_forward": _norm_pool_forward, "norm_pool_backward": _norm_pool_backward,
+}  # fmt: skip
+for _name, _function in _FUNCTIONS.items():
+    for _device in ("CUDA", "CPU"):  # on the CPU the kernels run through Triton's interpreter
+        _library.impl(_name, _function, _device)
 
 
 @torch.library.register_fake("mvam::pool_forward")
@@ -139,6 +141,16 @@ def _(d_pooled, d_gram, tokens, codes, weight, lengths, mask, gram, lse, unit, s
     return d_tokens, d_codes, d_codes.new_empty(width), d_codes.new_empty(width)
 
 
+def _op(name: str, tokens: torch.Tensor):
+    """The operator, or in plain eager mode the function behind it: torch.library costs as much as the rest of a call.
+
+    Anything that looks at operators gets the operator: tracing, and tensor subclasses such as fake tensors.
+    """
+    if torch.compiler.is_compiling() or type(tokens) not in (torch.Tensor, torch.nn.Parameter):
+        return getattr(torch.ops.mvam, name)
+    return _FUNCTIONS[name]
+
+
 def autocast_off(device_type: str):
     """Inside the op dtypes are as the op says; autocast must not turn its float32 products into half ones."""
     enabled = torch.is_autocast_enabled(device_type)
@@ -153,6 +165,40 @@ def _refuse_second_derivative() -> None:
         )
 
 
+def _pool(tokens, codes, keys, lengths, mask, scale, need_gram, kernel_forward):
+    """P, G and what else the backward of this path needs: lse, or A."""
+    cast_codes = codes if codes.dtype == tokens.dtype else codes.to(tokens.dtype)
+    if kernel_forward:
+        pooled, gram, *kept = _op("pool_forward", tokens)(tokens, cast_codes, keys, lengths, mask, scale, need_gram)
+    else:
+        valid = valid_tokens(tokens, lengths, mask)
+        pooled, gram, *kept = portable.forward(tokens, cast_codes, keys, valid, scale, need_gram)
+    return pooled, gram, kept
+
+
+def pool(tokens, codes, keys, lengths, mask, scale, need_gram, kernel_forward, kernel_backward):
+    """(P, G), differentiable; without autograd's bookkeeping where no gradient can be asked for."""
+    if _differentiated(tokens, codes, keys):
+        return PoolFunction.apply(
+            tokens, codes, keys, lengths, mask, scale, need_gram, kernel_forward, kernel_backward
+        )
+    return _pool(tokens, codes, keys, lengths, mask, scale, need_gram, kernel_forward)[:2]
+
+
+def norm_pool(tokens, codes, weight, bias, eps, lengths, mask, scale, need_gram):
+    """(P, G) of pooling layer_norm(tokens) on the kernels, likewise."""
+    if _differentiated(tokens, codes, weight, bias):
+        return NormPoolFunction.apply(tokens, codes, weight, bias, eps, lengths, mask, scale, need_gram)
+    bias = None if bias is None else bias.float()
+    return _op("norm_pool_forward", tokens)(
+        tokens, codes.float(), weight.float(), bias, eps, lengths, mask, scale, need_gram
+    )[:2]
+
+
+def _differentiated(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 class PoolFunction(torch.autograd.Function):
     """(P, G) of `reference.multi_view_pool`; each direction on the kernels or on `portable`.
 
@@ -161,15 +207,9 @@ class PoolFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens, codes, keys, lengths, mask, scale, need_gram, kernel_forward, kernel_backward):
-        cast_codes = codes.to(tokens.dtype)
-        if kernel_forward:
-            pooled, gram, lse = torch.ops.mvam.pool_forward(
-                tokens, cast_codes, keys, lengths, mask, scale, need_gram
-            )
-            kept = (pooled, gram, lse) if kernel_backward else (lse,)
-        else:
-            valid = valid_tokens(tokens, lengths, mask)
-            pooled, gram, *kept = portable.forward(tokens, cast_codes, keys, valid, scale, need_gram)
+        pooled, gram, kept = _pool(tokens, codes, keys, lengths, mask, scale, need_gram, kernel_forward)
+        if kernel_forward and kernel_backward:
+            kept = (pooled, gram, *kept)
         ctx.save_for_backward(tokens, codes, keys, lengths, mask, *kept)
         ctx.scale, ctx.kernel_forward, ctx.kernel_backward = scale, kernel_forward, kernel_backward
         ctx.set_materialize_grads(False)  # an output that nobody used costs nothing in the backward
@@ -184,7 +224,7 @@ class PoolFunction(torch.autograd.Function):
             d_pooled = tokens.new_zeros(len(tokens), codes.shape[-2], tokens.shape[2])
         cast_codes = codes.to(tokens.dtype)
         if ctx.kernel_backward:
-            d_tokens, d_codes, d_keys = torch.ops.mvam.pool_backward(
+            d_tokens, d_codes, d_keys = _op("pool_backward", tokens)(
                 d_pooled, d_gram, tokens, cast_codes, keys, lengths, mask, *kept, ctx.scale, need_d_tokens, need_d_keys
             )
         else:
@@ -210,7 +250,7 @@ class NormPoolFunction(torch.autograd.Function):
     def forward(ctx, tokens, codes, weight, bias, eps, lengths, mask, scale, need_gram):
         codes32, weight32 = codes.float(), weight.float()
         bias32 = None if bias is None else bias.float()
-        pooled, gram, lse, unit, stats = torch.ops.mvam.norm_pool_forward(
+        pooled, gram, lse, unit, stats = _op("norm_pool_forward", tokens)(
             tokens, codes32, weight32, bias32, eps, lengths, mask, scale, need_gram
         )
         ctx.save_for_backward(tokens, codes, weight, lengths, mask, gram, lse, unit, stats)
@@ -223,7 +263,7 @@ class NormPoolFunction(torch.autograd.Function):
         _refuse_second_derivative()
         tokens, codes, weight, lengths, mask, gram, lse, unit, stats = ctx.saved_tensors
         d_pooled = torch.zeros_like(unit, dtype=tokens.dtype) if d_pooled is None else d_pooled
-        d_tokens, d_codes, d_weight, d_bias = torch.ops.mvam.norm_pool_backward(
+        d_tokens, d_codes, d_weight, d_bias = _op("norm_pool_backward", tokens)(
             d_pooled, d_gram, tokens, codes.float(), weight.float(), lengths, mask, gram, lse, unit, stats, ctx.scale,
             ctx.needs_input_grad[0],
         )

@@ -46,7 +46,7 @@ def choose(tokens: Tensor, codes: Tensor, keys: Tensor | None, backend: str, *, 
     """The path for these inputs. A wish for "triton" that cannot be met is an error; "auto" then says why it is not."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return Path("reference", "reference", "a graph is being exported: plain operators only")
     source = "the backend argument"
     if backend == "auto":

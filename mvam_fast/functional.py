@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import NormPoolFunction, PoolFunction, autocast_off
+from .autograd import autocast_off, norm_pool, pool
 from .dispatch import choose
 
 DIVERSITY_KINDS = ("frobenius", "norm", "offdiag", "cosine")
@@ -38,8 +38,9 @@ def multi_view_pool(
         codes: C [M,Dk] shared by the samples or [B,M,Dk], any floating dtype; computed in the tokens' dtype, their
             gradient is accumulated in float32.
         keys: K [B,N,Dk] in the tokens' dtype, or None for K = X (then Dk = D).
-        lengths: [B] integers in 0..N: token n of sample b takes part if n < lengths[b]. On a GPU the range is
-            asserted on the device, without a synchronisation. At most one of lengths and mask.
+        lengths: [B] integers in 0..N: token n of sample b takes part if n < lengths[b]. On a GPU the values are not
+            looked at (that would wait for the GPU): less than 0 is 0 there, more than N is N. At most one of lengths
+            and mask.
         mask: [B,N] bool, True = the token takes part.
         scale: factor of the logits; None = 1/sqrt(Dk), as in `scaled_dot_product_attention`.
         need_gram: False skips G.
@@ -70,7 +71,7 @@ def multi_view_pool(
                 tokens, codes, keys=keys, lengths=lengths, mask=mask, scale=scale, need_gram=need_gram, **norm
             )
         if path.norm_fused:
-            pooled, gram = NormPoolFunction.apply(
+            pooled, gram = norm_pool(
                 tokens, codes, norm_weight, norm_bias, norm_eps, lengths, mask, scale, need_gram
             )
         else:
@@ -78,7 +79,7 @@ def multi_view_pool(
                 valid = reference.valid_tokens(tokens, lengths, mask)
                 tokens = reference.normalise(tokens, valid, norm_weight, norm_bias, norm_eps)
             kernels = (path.forward == "triton", path.backward == "triton")
-            pooled, gram = PoolFunction.apply(tokens, codes, keys, lengths, mask, scale, need_gram, *kernels)
+            pooled, gram = pool(tokens, codes, keys, lengths, mask, scale, need_gram, *kernels)
     return pooled, gram if need_gram else None
 
 
@@ -226,9 +227,6 @@ def _check_lengths(lengths: Tensor, batch: int, length: int) -> Tensor:
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; it must be [B] = [{batch}]")
     if torch.compiler.is_compiling() or batch == 0:
         return lengths  # a traced graph has no values to look at
-    inside = ((lengths >= 0) & (lengths <= length)).all()
-    if lengths.is_cuda:
-        torch._assert_async(inside, "lengths must lie in 0..N")
-    elif not inside:
+    if not lengths.is_cuda and not ((lengths >= 0) & (lengths <= length)).all():
         raise ValueError(f"lengths lies in {int(lengths.min())}..{int(lengths.max())}; allowed is 0..N = 0..{length}")
     return lengths

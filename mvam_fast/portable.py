@@ -54,7 +54,7 @@ def _logits(tokens: Tensor, codes: Tensor, keys: Tensor | None, valid: Tensor | 
 def gradient_terms(
     d_pooled: Tensor, d_gram: Tensor | None, pooled: Tensor, gram: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """δ [B,M] = ⟨dP_i, P_i⟩ + Σ_j H_ij G_ij and H [B,M,M] (None without dG): what a kernel must know before its pass."""
+    """What a kernel must know first: δ_i = ⟨dP_i, P_i⟩ + Σ_j H_ij G_ij [B,M], and H [B,M,M] (None without dG)."""
     accumulate = torch.promote_types(pooled.dtype, torch.float32)
     delta = (d_pooled.to(accumulate) * pooled.to(accumulate)).sum(-1)
     if d_gram is None:

@@ -49,10 +49,11 @@ def inputs(case: Case, device: str) -> dict:
     keys = None if case.key_width is None else randn(b, n, dk)
     lengths = mask = None
     if "lengths" in kinds:  # full, empty, one token, and in between
-        lengths = torch.tensor([[n, 0, min(1, n), (2 * n) // 3][i % 4] for i in range(b)], device=device)
+        counts = [[n, 0, min(1, n), (2 * n) // 3][i % 4] for i in range(b)]
+        lengths = torch.tensor(counts, dtype=torch.int64, device=device)
     if "mask" in kinds:
         mask = torch.rand(b, n, generator=generator).to(device) > 0.5
-        mask[0] = True
+        mask[:1] = True
         if b > 1:
             mask[1] = False  # an empty sample
         if b > 2:
