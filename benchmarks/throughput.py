@@ -133,8 +133,8 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         left = f"{row['shape']:16}{row['batch']:>6} {row['mode']:18}{row['provider']:29}"
         if "median_ms" in row:
-            numbers = f"{row['median_ms']:10.3f}{row['ratio']:7.2f}{row['ratio_of_minima']:8.2f}{row['saved_mb']:10.2f}"
-            lines.append(f"{left}{numbers}{row['gb_s']:8.1f}{row['percent_of_copy']:11.1f}")
+            times = f"{row['median_ms']:10.3f}{row['ratio']:7.2f}{row['ratio_of_minima']:8.2f}"
+            lines.append(f"{left}{times}{row['saved_mb']:10.2f}{row['gb_s']:8.1f}{row['percent_of_copy']:11.1f}")
         else:
             lines.append(f"{left}  {row['reason']}")
     return "\n".join(lines)
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.device.startswith("cuda"):
         print("On a CPU: small batches, and no Triton kernel.")
     print(f"copy: {result['copy_gb_s']:.1f} GB/s. {result['note']}")
-    print("ratio: eager's median time divided by the provider's, and the same of the minima; saved: what autograd keeps")
+    print("ratio: eager's median time over the provider's, and the same of the minima; saved: what autograd keeps")
     print("for the backward besides the inputs. Poolers with a library's name do other, costlier work.")
     print(table(result["rows"]))
     if options.plot:

@@ -76,7 +76,8 @@ def summary(repetitions: list[float]) -> dict[str, float]:
     if len(repetitions) < 2:
         return dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "min_ms"), repetitions[0])
     fifths = statistics.quantiles(repetitions, n=5, method="inclusive")
-    return {"median_ms": statistics.median(repetitions), "p20_ms": fifths[0], "p80_ms": fifths[3], "min_ms": min(repetitions)}
+    middle, least = statistics.median(repetitions), min(repetitions)
+    return {"median_ms": middle, "p20_ms": fifths[0], "p80_ms": fifths[3], "min_ms": least}
 
 
 def copy_gb_s(device: torch.device) -> float:

@@ -2,7 +2,7 @@
 
 Autograd on the reference keeps a table more than this and, for shared keys, writes the tokens' gradient three times:
 once through S, once through P, and their sum. Here the attention is kept (M/D of the tokens' size), nothing of the
-tokens' size is made but one dX, and that by one product over the stacked views:
+tokens' size is made but one dX, on a GPU by one product over the stacked views:
 
     dA = X dPᵀ + A H                     δ_i = Σ_n A_ni dA_ni
     dS = A ∘ (dA − δ)                    dC = scale · Σ_b dS_bᵀ K_b
@@ -10,7 +10,7 @@ tokens' size is made but one dX, and that by one product over the stacked views:
 
 Letters as in `reference.py` with H = dG + dGᵀ, but the tables A, dA, dS are [B,N,M] here, tokens first: the layout in
 which all these products are fastest on a CPU. The scale goes to the codes, the smallest of all these, and what is made
-here is changed in place. 5 token volumes are moved instead of naive autograd's 9.
+here is changed in place. On a GPU 5 token volumes are moved instead of naive autograd's 9.
 """
 from __future__ import annotations
 
@@ -89,8 +89,10 @@ def backward(
     scaled_codes = (scale * codes).expand(batch, *codes.shape[-2:])
     d_tokens = d_keys = None
     if keys is None:
-        if need_d_tokens:
+        if need_d_tokens and tokens.is_cuda:
             d_tokens = torch.cat([attention, d_logits], 2) @ torch.cat([d_pooled, scaled_codes], 1)
+        elif need_d_tokens:  # on a CPU a second pass over dX, still in the cache, costs less than stacking
+            d_tokens = (attention @ d_pooled).baddbmm_(d_logits, scaled_codes)
     else:
         d_tokens = attention @ d_pooled if need_d_tokens else None
         d_keys = d_logits @ scaled_codes if need_d_keys else None

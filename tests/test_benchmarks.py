@@ -80,5 +80,21 @@ def test_a_run_writes_rows_reasons_and_a_plot(tmp_path, monkeypatch, capsys):
 
 
 def test_summary_of_repetitions():
-    assert timing.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == pytest.approx({"median_ms": 3, "p20_ms": 1.8, "p80_ms": 4.2})
+    expected = {"median_ms": 3, "p20_ms": 1.8, "p80_ms": 4.2, "min_ms": 1}
+    assert timing.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == pytest.approx(expected)
     assert timing.summary([2.0])["p80_ms"] == 2.0
+
+
+def test_saved_bytes_count_what_autograd_keeps_once_and_not_the_inputs():
+    x = torch.randn(10, 5, requires_grad=True)
+    assert timing.saved_mb(lambda: x.square(), (x,)) == 0  # its own input
+    assert timing.saved_mb(lambda: x.exp(), (x,)) == pytest.approx(200e-6)  # its result
+    assert timing.saved_mb(lambda: (y := x.exp()) * y, (x,)) == pytest.approx(200e-6)
+
+
+def test_interleaved_steps_are_all_repeated():
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
+    found = timing.interleaved_ms(steps, torch.device("cpu"), seconds=0, rounds=2)
+    assert {name: len(times) for name, times in found.items()} == {"a": 6, "b": 6}
+    assert "".join(calls) == 2 * (5 * "a" + 5 * "b")  # two of five are warm-up
