@@ -1,6 +1,7 @@
 """Which path the op takes, and why: decided per call from the device, the dtypes, the widths and the user's wish."""
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import threading
@@ -93,7 +94,12 @@ def _kernel_path(tokens: Tensor, codes: Tensor, keys: Tensor | None, norm: bool)
 
 
 @_constant_when_traced
-def _kernel_obstacles(
+def _kernel_obstacles(*given) -> tuple[str, str]:
+    return _obstacles(*given)
+
+
+@functools.cache
+def _obstacles(
     device: str, index: int | None, dtype: torch.dtype, width: int, key_width: int | None, views: int, norm: bool
 ) -> tuple[str, str]:
     """Why the forward, and the backward, kernel cannot run: two reasons, each empty where it can."""

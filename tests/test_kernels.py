@@ -5,7 +5,7 @@ import torch
 from op_cases import Case, error, inputs, results, rounding_of_logits
 
 import mvam_fast
-from mvam_fast import portable, reference
+from mvam_fast import dispatch, portable, reference
 from mvam_fast.functional import multi_view_pool
 
 pytest.importorskip("triton")
@@ -235,9 +235,11 @@ def test_offsets_pass_two_to_the_31(device):
 
 
 @pytest.mark.parametrize("broken", ["forward", "backward"])
-def test_paths_mix_and_the_missing_kernel_is_named(broken, device, monkeypatch):
+def test_paths_mix_and_the_missing_kernel_is_named(broken, device, monkeypatch, request):
     """Where one direction has no kernel the other still runs, and `last_backend` says which and why."""
     obstacle = tiles.obstacle
+    dispatch._obstacles.cache_clear()
+    request.addfinalizer(dispatch._obstacles.cache_clear)
     monkeypatch.setattr(
         tiles, "obstacle", lambda kernel, *a: "it is too large" if kernel == broken else obstacle(kernel, *a)
     )
