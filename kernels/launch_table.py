@@ -60,10 +60,11 @@ _FAMILY = {
 # let two blocks share a multiprocessor). A shallower pipeline avoids it, at the price of not loading ahead.
 SPILLS = {
     ("forward", False, 768): 8,
-    ("forward", True, 1024): 32,
+    ("forward", True, 1024): 40,
     ("forward", True, 1280): 32,
-    ("backward", False, 1024): 56,
-    ("backward", False, 1280): 16,
+    ("backward", False, 1024): 64,
+    ("backward", False, 1152): 16,
+    ("backward", False, 1280): 32,
     ("backward", True, 1280): 8,
 }
 

@@ -41,8 +41,10 @@ def check(case, device, backend, dtype):
     found = results(multi_view_pool, given_, dtype, need_gram=need_gram, backend=backend)
     plain = results(reference.multi_view_pool, given_, dtype, need_gram=need_gram) if dtype != torch.float32 else None
     for name in exact:
-        if plain is None:  # a LayerNorm over a few numbers that happen to be close is steep
-            allowed = 1e-4 if "norm" in case.kind else 1e-5
+        # Absolute below 1, and some gradients are differences that cancel, to 0 for one token: 3e-5 is their rounding.
+        # A LayerNorm over a few numbers that happen to be close is steep.
+        if plain is None:
+            allowed = 1e-4 if "norm" in case.kind else 3e-5
         else:
             allowed = 3 * max(error(plain[name], exact[name]), torch.finfo(dtype).eps)
         assert error(found[name], exact[name]) <= allowed, (name, case)
@@ -93,7 +95,7 @@ def test_incoming_gradients_of_any_layout(device, case, use, backend):
     for name, one, exact in zip(("tokens", "codes"), *found, strict=True):
         assert (one is None) == (exact is None), name
         if exact is not None:
-            assert error(one, exact) <= (2e-4 if "norm" in case.kind else 2e-5), (name, case, use)
+            assert error(one, exact) <= (2e-4 if "norm" in case.kind else 5e-5), (name, case, use)
 
 
 def test_the_cases_reach_every_layout():
