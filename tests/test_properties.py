@@ -30,6 +30,8 @@ def cases(draw, dtype):
     batch = draw(st.integers(0, 11 if wide == "batch" else 3))
     length = draw(st.integers(100, 200) if wide == "length" else st.integers(1, 34))
     width = draw(st.integers(2, 300 if wide == "width" else 48))
+    if "norm" in kinds:  # over a few numbers x^ is +-1 whatever they are, and gradients are nothing but cancellation
+        width = max(width, 16)
     views = draw(st.integers(10, 64) if wide == "views" else st.integers(1, 9))
     return Case(batch, length, width, views, key_width, "+".join(kinds), dtype)
 
@@ -42,7 +44,7 @@ def check(case, device, backend, dtype):
     plain = results(reference.multi_view_pool, given_, dtype, need_gram=need_gram) if dtype != torch.float32 else None
     for name in exact:
         # Absolute below 1, and some gradients are differences that cancel, to 0 for one token: 3e-5 is their rounding.
-        # A LayerNorm over a few numbers that happen to be close is steep.
+        # A LayerNorm over few numbers is steep where these happen to be close.
         if plain is None:
             allowed = 1e-4 if "norm" in case.kind else 3e-5
         else:
@@ -93,8 +95,9 @@ def test_incoming_gradients_of_any_layout(device, case, use, backend):
         loss = uses[use](*op(**tensors, **options))
         found.append(torch.autograd.grad(loss, [tensors["tokens"], tensors["codes"]], allow_unused=True))
     for name, one, exact in zip(("tokens", "codes"), *found, strict=True):
-        assert (one is None) == (exact is None), name
-        if exact is not None:
+        if exact is None:  # not used: separate keys, and only the Gram matrix
+            assert not one.any(), (name, case, use)
+        else:
             assert error(one, exact) <= (2e-4 if "norm" in case.kind else 5e-5), (name, case, use)
 
 
