@@ -63,7 +63,7 @@ def measure(kernel: str, step, own: launch_table.Row, key: tuple, device: torch.
     expected = [t.float() for t in step() if t is not None and t.numel()]
     tried = []
     for candidate in dict.fromkeys([own, *CANDIDATES]):
-        with launch_table.forced(key, candidate):
+        with tiles.forced(key, candidate):
             about = candidate._asdict()
             try:
                 found = [t.float() for t in step() if t is not None and t.numel()]
@@ -76,8 +76,8 @@ def measure(kernel: str, step, own: launch_table.Row, key: tuple, device: torch.
     best = min(tried, key=lambda one: one["median_ms"])
     for one in tried:  # JSON has no infinity
         one["median_ms"] = None if math.isinf(one["median_ms"]) else one["median_ms"]
-    names = ("kernel", "norm", "dtype", "D", "views")
-    return {**dict(zip(names, key, strict=True)), **{n: best[n] for n in launch_table.Row._fields}, "tried": tried}
+    row = {name: best[name] for name in launch_table.Row._fields}
+    return {**dict(zip(launch_table.KEY, key, strict=True)), **row, "tried": tried}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         if before["device"] != table["device"]:
             sys.exit(f"{options.out} was measured on {before['device']}, this is {table['device']}; name another file")
         table["rows"] = before["rows"]
-    done = {tuple(row[n] for n in ("kernel", "norm", "dtype", "D", "views")) for row in table["rows"]}
+    done = {tuple(row[n] for n in launch_table.KEY) for row in table["rows"]}
     cases = [(dtype, width, views) for dtype in options.dtypes for width in options.widths for views in options.views]
     for dtype, width, views in tqdm(cases, unit="case", file=sys.stderr):
         capability = torch.cuda.get_device_capability() if device.type == "cuda" else None

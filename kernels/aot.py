@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import tiles
+from . import schedule, tiles
 from .pool_backward import pool_backward_kernel
 from .pool_forward import pool_forward_kernel
 
@@ -61,7 +61,8 @@ def compile_kernel(
     }  # fmt: skip
     groups = tile.groups(views)
     if kernel == "forward":
-        constants |= {"GROUPS": groups, "PERSISTENT": persistent, "SAMPLES": 32, "GRAM": 1 if groups == 1 else 2}
+        constants |= {"GROUPS": groups, "GRAM": 1 if groups == 1 else 2}
+        constants |= {"PERSISTENT": persistent, "SAMPLES": schedule.MOST_SAMPLES}
     if kernel == "backward":
         precision = "ieee" if dtype == torch.float32 else "tf32"
         constants |= {"NEED_DX": True, "NEED_DK": separate, "H_PRECISION": precision}

@@ -7,6 +7,8 @@ reduction across warps, and D needs no padding when it is a multiple of 16 NW.
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def dot(a, b, accumulator, UPCAST: tl.constexpr):

@@ -8,6 +8,8 @@ lse_si = +inf is a split without a valid token; it has no weight.
 import triton
 import triton.language as tl
 
+from . import tiles
+
 
 @triton.jit
 def combine_kernel(
@@ -67,7 +69,7 @@ def combine_kernel(
 def combine_splits(pooled, gram, lse, dtype):
     """P [B,M,D] in `dtype`, G [B,M,M] (None without `gram`), lse [B,M] of pooled [B,S,M,D], gram and lse likewise."""
     batch, splits, views, width = pooled.shape
-    padded = 1 << (views - 1).bit_length()
+    padded = tiles.power_of_two(views)
     block = 128 if padded <= 32 else 64
     out = pooled.new_empty(batch, views, width, dtype=dtype)
     gram_out = None if gram is None else gram.new_empty(batch, *gram.shape[2:])

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .blocks import dot
+from .blocks import LOG2_E, dot
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def group_gram_kernel(
     b = tl.program_id(0).to(tl.int64)
     views = tl.arange(0, MP)
     view_ok = views < M
-    lse = tl.load(LSE + b * M + views, mask=view_ok, other=float("inf")) * 1.4426950408889634
+    lse = tl.load(LSE + b * M + views, mask=view_ok, other=float("inf")) * LOG2_E
     gram = tl.zeros([MP, MP], tl.float32)
     count = N
     if LENGTHS is not None:
@@ -54,7 +54,7 @@ def group_gram(logits, lengths, lse, dtype):
     gram = lse.new_empty(batch, views, views)
     group_gram_kernel[(batch,)](
         logits, lengths, lse, gram, length,
-        M=views, MP=1 << (views - 1).bit_length(), BN=32, HALF=_HALVES[dtype],
+        M=views, MP=tiles.power_of_two(views), BN=32, HALF=_HALVES[dtype],
         UPCAST=tiles.interpreting() and dtype == torch.bfloat16,
     )  # fmt: skip
     return gram

@@ -21,8 +21,8 @@ class Configuration:
 class Launcher:
     """`launcher(grid, given, made, numbers, configuration)`: the kernel's arguments in the order of its source.
 
-    `given` are tensors of any alignment. `made` were allocated for this launch or an earlier one: they are aligned, and
-    their dtypes follow from the rest. `numbers` are integers that Triton specialises on, and floats.
+    `given` are tensors of any alignment, or None. `made` were allocated for this launch, so they are aligned; which of
+    them there are, and their dtypes, follow from the rest. `numbers`: integers that Triton specialises on, and floats.
     """
 
     def __init__(self, kernel):
@@ -42,7 +42,6 @@ class Launcher:
             # What Triton specialises on: a pointer's dtype and alignment; a number being 1, a multiple of 16, wide.
             *[None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in given],
             *[n if n == 1 else (n % 16 == 0, n < 2147483648) for n in numbers if type(n) is int],
-            *[tensor is None for tensor in made],
         )
         found = self._compiled.get(signature)
         if found is None:

@@ -13,7 +13,6 @@ MVAM_LAUNCH_TABLE names it.
 """
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -30,6 +29,10 @@ class Row(NamedTuple):
     maxnreg: int | None = None
 
 
+# What a row that was measured is known by.
+KEY = ("kernel", "norm", "dtype", "D", "views")
+# Rows that a tuner is trying: these come first.
+forced_rows: dict[tuple, Row] = {}
 # (kernel, with LayerNorm, bytes per element, views up to): rows by the largest width that they serve.
 _TABLE = {
     ("forward", False, 2, 16): {256: Row(4, 3), 768: Row(8, 3, 128), 1280: Row(16, 3), 2048: Row(8, 3)},
@@ -78,30 +81,13 @@ def family(capability) -> int:
 def row(kernel: str, capability, dtype: torch.dtype, width: int, views: int, norm: bool) -> Row:
     """The row for tokens (and keys) of at most this width, and a program that holds `views` views."""
     key = (kernel, norm, str(dtype)[6:], width, views)
-    found = _forced.get(key) or _measured(os.environ.get("MVAM_LAUNCH_TABLE")).get(key)
+    found = forced_rows.get(key) or _measured(os.environ.get("MVAM_LAUNCH_TABLE")).get(key)
     if found is not None:
         return found
     by_views = [key for key in _TABLE if key[:3] == (kernel, norm, dtype.itemsize) and views <= key[3]]
     key = min(by_views, key=lambda key: key[3])
     bound = min(bound for bound in _TABLE[key] if width <= bound)
     return _FAMILY.get((family(capability), *key, width), _TABLE[key][bound])
-
-
-_forced: dict[tuple, Row] = {}
-
-
-@contextlib.contextmanager
-def forced(key: tuple, candidate: Row):
-    """While it lasts, `candidate` is the row for key (kernel, norm, dtype, width, views): how the tuner tries one."""
-    from . import tiles
-
-    _forced[key] = candidate
-    tiles.forget()
-    try:
-        yield
-    finally:
-        del _forced[key]
-        tiles.forget()
 
 
 def device_name() -> str:
@@ -120,6 +106,5 @@ def _measured(path: str | None) -> dict[tuple, Row]:
             f"MVAM_LAUNCH_TABLE={path} was measured on {table['device']}, this is {device_name()}; tune again here"
         )
     return {
-        (r["kernel"], r["norm"], r["dtype"], r["D"], r["views"]): Row(*(r[name] for name in Row._fields))
-        for r in table["rows"]
+        tuple(row[name] for name in KEY): Row(*(row[name] for name in Row._fields)) for row in table["rows"]
     }

@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 
 from . import schedule, tiles
-from .blocks import dot, load_rows, store_rows
+from .blocks import LOG2_E, dot, load_rows, store_rows
 from .launch import Configuration, Launcher
-from .pool_forward import LOG2_E, masking, rows_contiguous
+from .pool_forward import masking, rows_contiguous
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def pool_backward_kernel(
         b = zero + sample
         delta = tl.load(DELTA + b * M + views, mask=view_ok, other=0.0)
         # Padded views get lse = +inf: their attention is 0 and so is all that follows from it.
-        lse = tl.load(LSE + b * M + views, mask=view_ok, other=float("inf")) * 1.4426950408889634
+        lse = tl.load(LSE + b * M + views, mask=view_ok, other=float("inf")) * LOG2_E
         if NORM:
             sigma = tl.load(SIGMA + b * M + views, mask=view_ok, other=0.0)
         if GRAM:
@@ -243,28 +243,29 @@ def pool_backward(
     tile = tiles.choose("backward", tokens, views, key_width if separate else None, norm)
     plan = schedule.backward(tokens, tile.block_n, per_sample)
     partial = torch.empty(plan.programs, plan.splits, views, key_width, dtype=torch.float32, device=tokens.device)
+    masked_by, lengths, mask = masking(lengths, mask)
     tokens = rows_contiguous(tokens)
     keys = rows_contiguous(keys) if separate else tokens
     codes = codes.contiguous()
     with tiles.device_of(tokens):
         _launch(
             (plan.programs, plan.splits),
-            (tokens, keys, codes, *masking(lengths, mask), d_pooled.to(tokens.dtype).contiguous()),
             (
+                tokens, keys, codes, lengths, mask, d_pooled.to(tokens.dtype).contiguous(),
                 None if symmetric is None else symmetric.contiguous(),
-                delta.contiguous(), lse, kappa, sigma, stats, d_tokens, d_keys, partial,
+                delta.contiguous(), lse, kappa, sigma, stats,
             ),
+            (d_tokens, d_keys, partial),
             (
                 batch, length, plan.span,
                 tokens.stride(0), tokens.stride(1), keys.stride(0), keys.stride(1),
                 codes.stride(0) if per_sample else 0,
                 views if per_sample else 0,
-                scale, scale * LOG2_E,
+                scale, scale * LOG2_E.value,
             ),
             _configuration(
-                tile, views, width, key_width, separate,
-                1 if lengths is not None else 2 if mask is not None else 0,
-                symmetric is not None, need_d_tokens, need_d_keys, norm,
+                tile, views, width, key_width, separate, masked_by, symmetric is not None, need_d_tokens, need_d_keys,
+                norm,
             ),
         )  # fmt: skip
     d_codes = partial.sum(1) if per_sample else partial.sum((0, 1))

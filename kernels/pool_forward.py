@@ -36,12 +36,11 @@ import triton
 import triton.language as tl
 
 from . import schedule, tiles
-from .blocks import dot, load_rows, store_rows
+from .blocks import LOG2_E, dot, load_rows, store_rows
 from .combine import combine_splits
 from .group_gram import group_gram
 from .launch import Configuration, Launcher
 
-LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -286,18 +285,18 @@ def pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram, kappa=Non
     tokens = rows_contiguous(tokens)
     keys = rows_contiguous(keys) if separate else tokens
     codes = codes.contiguous()
-    lengths, mask = masking(lengths, mask)
+    masked_by, lengths, mask = masking(lengths, mask)
     tile = tiles.choose("forward", tokens, views, codes.shape[-1] if separate else None, norm)
     plan = schedule.forward(tokens, tile.block_n, per_sample)
     groups = tile.groups(views)
-    out = torch.float32 if norm or plan.splits > 1 else tiles.output_dtype(tokens.dtype)
+    out = torch.float32 if norm else tiles.output_dtype(tokens.dtype)
     side = views if need_gram else 0
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=tokens.device)
 
     splits = () if plan.splits == 1 else (plan.splits,)
-    pooled = empty(batch, *splits, views, width, dtype=out)
+    pooled = empty(batch, *splits, views, width, dtype=torch.float32 if splits else out)
     gram = empty(batch, *splits, side, side) if groups == 1 else None
     lse = empty(batch, *splits, views)
     logits = empty(batch, views, length) if need_gram and groups > 1 else None
@@ -314,17 +313,14 @@ def pool_forward(tokens, codes, keys, lengths, mask, scale, need_gram, kappa=Non
                 tokens.stride(0), tokens.stride(1), keys.stride(0), keys.stride(1),
                 codes.stride(0) if per_sample else 0,
                 views if per_sample else 0,
-                scale * LOG2_E, eps,
+                scale * LOG2_E.value, eps,
             ),
             _configuration(
-                tile, views, width, keys.shape[2], plan.persistent, separate,
-                1 if lengths is not None else 2 if mask is not None else 0,
-                0 if not need_gram else 2 if groups > 1 else 1,
-                norm,
+                tile, views, width, keys.shape[2], plan.persistent, separate, masked_by,
+                0 if not need_gram else 2 if groups > 1 else 1, norm,
             ),
         )  # fmt: skip
         if plan.splits > 1:
-            out = torch.float32 if norm else tiles.output_dtype(tokens.dtype)
             pooled, gram, lse = combine_splits(pooled, gram, lse, out)
         if logits is not None:
             gram = group_gram(logits, lengths, lse, tokens.dtype)
@@ -340,12 +336,13 @@ def rows_contiguous(tensor):
 
 
 def masking(lengths, mask):
-    """The kernel's LENGTHS and MASK: int32, contiguous, None for what is not given.
+    """The kernel's MASKING, LENGTHS and MASK: the tensors int32, contiguous, None for what is not given.
 
     int32 although a mask is boolean: narrower loads cannot be copied asynchronously, and since the mask guards the
     loads of the tokens, those would not be either.
     """
     return (
+        1 if lengths is not None else 2 if mask is not None else 0,
         None if lengths is None else lengths.to(torch.int32).contiguous(),
         None if mask is None else mask.to(torch.int32).contiguous(),
     )

@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     programs: int
     splits: int
     span: int  # tokens of a split
-    persistent: bool
+    persistent: bool = False  # the forward has a kernel of its own for that
 
 
 @functools.cache
@@ -49,16 +49,14 @@ def forward(tokens: torch.Tensor, block_n: int, per_sample: bool) -> Plan:
     """For tokens [B,N,D]; codes that differ per sample are loaded once per program, so those never share one."""
     batch, length, _ = tokens.shape
     at_once = slots(tokens.device)
-    splits, span = splits_of(batch, length, block_n, at_once)
     persistent = not per_sample and batch > at_once and length <= SHORT_TILES * block_n
     programs = max(at_once, -(-batch // MOST_SAMPLES)) if persistent else batch
-    return Plan(programs, splits, span, persistent)
+    return Plan(programs, *splits_of(batch, length, block_n, at_once), persistent)
 
 
 def backward(tokens: torch.Tensor, block_n: int, per_sample: bool) -> Plan:
-    """A program always walks over samples, dC in registers, unless codes differ per sample."""
+    """A program walks over samples, dC in registers, whatever their length, unless codes differ per sample."""
     batch, length, _ = tokens.shape
     at_once = slots(tokens.device)
-    splits, span = splits_of(batch, length, block_n, at_once)
     programs = batch if per_sample else min(batch, at_once)
-    return Plan(programs, splits, span, not per_sample)
+    return Plan(programs, *splits_of(batch, length, block_n, at_once))

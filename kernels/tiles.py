@@ -53,9 +53,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def power_of_two(views: int) -> int:
+    """The least power of two that holds so many views: axes of a kernel's tables are powers of two."""
+    return 1 << (views - 1).bit_length()
+
+
 def padded_views(kernel: str, views: int, wide: int) -> int:
     """Views of a program. The backward needs all of them (H mixes them), the forward takes at most 32 at a time."""
-    padded = 1 << (views - 1).bit_length()
+    padded = power_of_two(views)
     if kernel == "backward":
         return max(padded, 16)
     return min(padded, 32 if wide <= 1280 else 16)
@@ -131,6 +136,18 @@ def choose(kernel: str, tokens: torch.Tensor, views: int, key_width: int | None,
 def forget() -> None:
     """After a change of the launch table: tiles that were chosen before are chosen again."""
     _choose.cache_clear()
+
+
+@contextlib.contextmanager
+def forced(key: tuple, candidate: launch_table.Row):
+    """While it lasts, `candidate` is the row for `key` (launch_table.KEY): how the tuner tries one."""
+    launch_table.forced_rows[key] = candidate
+    forget()
+    try:
+        yield
+    finally:
+        del launch_table.forced_rows[key]
+        forget()
 
 
 @functools.cache

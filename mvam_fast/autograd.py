@@ -176,6 +176,14 @@ def _pool(tokens, codes, keys, lengths, mask, scale, need_gram, kernel_forward):
     return pooled, gram, kept
 
 
+def _norm_pool(tokens, codes, weight, bias, eps, lengths, mask, scale, need_gram):
+    """P, and what its backward needs: G, lse, P^ and the tokens' statistics."""
+    bias = None if bias is None else bias.float()
+    return _op("norm_pool_forward", tokens)(
+        tokens, codes.float(), weight.float(), bias, eps, lengths, mask, scale, need_gram
+    )
+
+
 def pool(tokens, codes, keys, lengths, mask, scale, need_gram, kernel_forward, kernel_backward):
     """(P, G), differentiable; without autograd's bookkeeping where no gradient can be asked for."""
     if _differentiated(tokens, codes, keys):
@@ -189,10 +197,7 @@ def norm_pool(tokens, codes, weight, bias, eps, lengths, mask, scale, need_gram)
     """(P, G) of pooling layer_norm(tokens) on the kernels, likewise."""
     if _differentiated(tokens, codes, weight, bias):
         return NormPoolFunction.apply(tokens, codes, weight, bias, eps, lengths, mask, scale, need_gram)
-    bias = None if bias is None else bias.float()
-    return _op("norm_pool_forward", tokens)(
-        tokens, codes.float(), weight.float(), bias, eps, lengths, mask, scale, need_gram
-    )[:2]
+    return _norm_pool(tokens, codes, weight, bias, eps, lengths, mask, scale, need_gram)[:2]
 
 
 def _differentiated(*tensors) -> bool:
@@ -248,15 +253,11 @@ class NormPoolFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens, codes, weight, bias, eps, lengths, mask, scale, need_gram):
-        codes32, weight32 = codes.float(), weight.float()
-        bias32 = None if bias is None else bias.float()
-        pooled, gram, lse, unit, stats = _op("norm_pool_forward", tokens)(
-            tokens, codes32, weight32, bias32, eps, lengths, mask, scale, need_gram
-        )
-        ctx.save_for_backward(tokens, codes, weight, lengths, mask, gram, lse, unit, stats)
+        pooled, *kept = _norm_pool(tokens, codes, weight, bias, eps, lengths, mask, scale, need_gram)
+        ctx.save_for_backward(tokens, codes, weight, lengths, mask, *kept)
         ctx.scale, ctx.bias_dtype = scale, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        return pooled, gram
+        return pooled, kept[0]
 
     @staticmethod
     def backward(ctx, d_pooled, d_gram):
