@@ -17,8 +17,8 @@ help:
 	touch $@
 
 demo: .venv/.installed
-	$(BIN)/python benchmarks/throughput.py --quick --json runs/demo/throughput.json --plot runs/demo/throughput.png
-	$(BIN)/mvam-fast demo --out runs/demo --throughput runs/demo/throughput.json
+	$(BIN)/python benchmarks/throughput.py --quick --out runs/demo/throughput
+	$(BIN)/mvam-fast demo --out runs/demo --throughput runs/demo/throughput/throughput.json
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

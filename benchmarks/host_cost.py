@@ -1,6 +1,6 @@
 """What a call costs on the CPU before the GPU has anything to do: microseconds per call, the launch itself excluded.
 
-    python benchmarks/host_cost.py [--json FILE]
+    python benchmarks/host_cost.py [--out FOLDER]
 
 Runs without a GPU: Triton's driver is replaced by one that compiles for sm_90 and launches nothing, the tensors lie on
 the CPU, and everything else (checks, dispatch, autograd, allocation, Triton's own lookup of the compiled kernel) is
@@ -20,11 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).parent))
-from throughput import machine  # noqa: E402
+import results  # noqa: E402
+from machine import machine  # noqa: E402
 
 import mvam_fast  # noqa: E402
 from mvam_fast import dispatch  # noqa: E402
-from mvam_fast.files import write_json  # noqa: E402
 
 BATCH, LENGTH, WIDTH, VIEWS = 8, 32, 64, 16  # small: what PyTorch computes here on the CPU should not count
 
@@ -100,7 +100,7 @@ def measure() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="folder to write host_cost.json into")
     options = parser.parse_args()
     triton.runtime.driver.set_active(NoLaunch())
     # The kernels would be refused on CPU tensors; what is asked once per kind of input is cached, as on a GPU.
@@ -113,9 +113,11 @@ def main() -> None:
             f"{row['inputs']:10}{row['mode']:20}{row['median_us']:8.1f} us"
             f"   ({row['least_us']:.1f} to {row['most_us']:.1f})"
         )
-    if options.json:
-        write_json(options.json, {"machine": machine(torch.device("cpu")), "triton": triton.__version__, "rows": rows})
-        print(options.json)
+    if options.out:
+        settings = {"batch": BATCH, "length": LENGTH, "width": WIDTH, "views": VIEWS}
+        result = {"machine": machine(torch.device("cpu")), "settings": settings, "complete": True, "rows": rows}
+        results.write(options.out / "host_cost.json", "host_cost", result)
+        print(options.out / "host_cost.json")
 
 
 if __name__ == "__main__":

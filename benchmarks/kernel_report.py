@@ -1,6 +1,6 @@
 """What the compiler makes of the launch table, without a GPU: registers, spills, shared memory, instructions, bytes.
 
-    python benchmarks/kernel_report.py [--arch 80 90 100] [--dtypes bfloat16 ...] [--json FILE]
+    python benchmarks/kernel_report.py [--arch 80 90 100] [--dtypes bfloat16 ...] [--out FOLDER]
 
 Kernels: forward, forward-persistent (its layout for short samples), backward, each also with a LayerNorm in front.
 The views are the upper ends of the table's rows; fewer views take the same row. The floor time is bytes by formula over
@@ -15,10 +15,13 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import torch
 from mvam_fast.kernels import aot, tiles
 from tqdm import tqdm
 
-from mvam_fast.files import write_json
+sys.path.insert(0, str(Path(__file__).parent))
+import results  # noqa: E402
+from machine import machine  # noqa: E402
 
 WIDTHS = (384, 512, 640, 768, 1024, 1152, 1280, 2048)
 VIEWS = (16, 32, 64)
@@ -89,7 +92,7 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     parser.add_argument("--views", nargs="+", type=int, default=list(VIEWS))
     parser.add_argument("--gb-s", type=float, default=4300, help="bandwidth of the floor time (default: %(default)s)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="folder to write kernel_report.json into")
     options = parser.parse_args()
     jobs = [
         (kernel, norm, arch, names[dtype], views, width, options.gb_s)
@@ -101,10 +104,12 @@ def main() -> None:
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         rows = list(tqdm(pool.map(row_of, jobs, chunksize=4), total=len(jobs), unit="kernel", file=sys.stderr))
     print(table(rows))
-    if options.json:
-        about = {"triton": aot.triton.__version__, "samples": BATCH, "tokens": LENGTH, "gb_s": options.gb_s}
-        write_json(options.json, {**about, "rows": rows})
-        print(options.json)
+    if options.out:
+        about = {**machine(torch.device("cpu")), "device": "compiler only", "kind": "static"}
+        settings = {"samples": BATCH, "tokens": LENGTH, "gb_s": options.gb_s}
+        result = {"machine": about, "settings": settings, "complete": True, "rows": rows}
+        results.write(options.out / "kernel_report.json", "kernel_report", result)
+        print(options.out / "kernel_report.json")
 
 
 if __name__ == "__main__":

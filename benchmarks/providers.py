@@ -3,122 +3,153 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import flex_attention
+from work import Op, Work, normed_pool, own_op, own_work
 
 from mvam_fast import last_backend, multi_view_pool, reference
 
-Op = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
 
 class Unavailable(Exception):
-    """This provider cannot run here; the message is the reason shown in its row."""
+    """This provider cannot run here; the message is the reason shown in its rows."""
 
 
-@dataclass
-class Inputs:
-    """What is timed on: X [B,N,D], C [M,D], and the gradients dP [B,M,D], dG [B,M,M] that backward starts from."""
+class Made(NamedTuple):
+    """A provider made ready: its op, the work it does, and what is worth knowing about how it does it."""
 
-    tokens: Tensor
-    codes: Tensor
-    d_pooled: Tensor
-    d_gram: Tensor
+    op: Op
+    work: Work
+    details: str = ""
 
-    @classmethod
-    def make(cls, batch: int, length: int, width: int, views: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-        generator = torch.Generator().manual_seed(0)
 
-        def randn(*shape, dtype=dtype):
-            return torch.randn(*shape, generator=generator).to(device, dtype)
+@dataclass(frozen=True)
+class Provider:
+    """`make(works, views)` builds it; `work` names what it does; `in_model`: also timed inside a compiled model."""
 
-        tokens, codes = randn(batch, length, width).requires_grad_(), randn(views, width).requires_grad_()
-        return cls(tokens, codes, randn(batch, views, width), randn(batch, views, views, dtype=torch.float32))
+    label: str
+    work: str
+    make: Callable[[dict[str, Work], int], Made]
+    in_model: bool = False
+    ours: bool = False
 
-    def moved_bytes(self, mode: str) -> int:
-        """Least traffic: forward reads X, C and writes P, G; backward reads X, C, dP, dG and writes dX, dC."""
-        pooled, gram = self.d_pooled, self.d_gram
-        once = sum(t.numel() * t.element_size() for t in (self.tokens, self.codes, pooled, gram))
-        backward = once + sum(t.numel() * t.element_size() for t in (self.tokens, self.codes))
-        return once if mode == "forward" else once + backward
+
+def _plain(op: Op, work: str = "pool") -> Callable:
+    return lambda works, views: Made(op, works[work])
+
+
+def _compiled(op: Op, work: str = "pool") -> Callable:
+    return lambda works, views: Made(torch.compile(op, dynamic=False), works[work])
+
+
+def _queries(tokens: Tensor, codes: Tensor) -> Tensor:
+    return codes.expand(len(tokens), 1, *codes.shape)
 
 
 def sdpa(tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Codes as the queries of torch's attention; it does not return A, so the Gram matrix recomputes it."""
-    queries = codes.expand(len(tokens), 1, *codes.shape)
-    pooled = F.scaled_dot_product_attention(queries, tokens[:, None], tokens[:, None])[:, 0]
+    pooled = F.scaled_dot_product_attention(_queries(tokens, codes), tokens[:, None], tokens[:, None])[:, 0]
     attention = reference.view_attention(tokens, codes)
     return pooled, attention @ attention.mT
 
 
-def compiled(tokens: Tensor, codes: Tensor) -> Op:
-    torch._dynamo.reset()
-    return torch.compile(reference.multi_view_pool, dynamic=False)
+def _sdpa(works: dict[str, Work], views: int) -> Made:
+    tokens, codes = (works["pool"].leaves[name] for name in ("X", "C"))
+    chosen = torch._fused_sdp_choice(_queries(tokens, codes), tokens[:, None], tokens[:, None])
+    return Made(sdpa, works["pool"], f"SDPA runs {SDPBackend(chosen).name}")
 
 
-def triton(tokens: Tensor, codes: Tensor) -> Op:
-    if not tokens.is_cuda:
-        raise Unavailable("needs a CUDA GPU (Triton's interpreter is for tests)")
-    try:
-        multi_view_pool(tokens[:1], codes, backend="triton")
-    except ValueError as error:
-        raise Unavailable(str(error)) from error
-    if last_backend().backward != "triton":
-        raise Unavailable(last_backend().reason)
-    return lambda tokens, codes: multi_view_pool(tokens, codes, backend="triton")
+def _flex(works: dict[str, Work], views: int) -> Made:
+    """FlexAttention, which must be compiled to be itself, and a Gram matrix as beside SDPA."""
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def flex(tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():  # on a CPU it refuses tensors that require a gradient even then
+            tokens, codes = tokens.detach(), codes.detach()
+        pooled = compiled(_queries(tokens, codes), tokens[:, None], tokens[:, None])[:, 0]
+        attention = reference.view_attention(tokens, codes)
+        return pooled, attention @ attention.mT
+
+    return Made(flex, works["pool"])
 
 
-def portable(tokens: Tensor, codes: Tensor) -> Op:
-    return lambda tokens, codes: multi_view_pool(tokens, codes, backend="torch")
+def _ours(backend: str, work: str = "pool") -> Callable:
+    """mvam_fast on one of its paths, the LayerNorm handed to it where there is one."""
+
+    def op(tokens, codes, gain=None, bias=None):
+        return multi_view_pool(tokens, codes, norm_weight=gain, norm_bias=bias, backend=backend)
+
+    def make(works: dict[str, Work], views: int) -> Made:
+        leaves = works[work].leaves.values()
+        if backend == "triton" and not works[work].leaves["X"].is_cuda:
+            raise Unavailable("needs a CUDA GPU (Triton's interpreter is for tests)")
+        try:
+            op(*(leaf[:1] if name == "X" else leaf for name, leaf in works[work].leaves.items()))
+        except ValueError as error:  # no kernel for this width or number of views: the op says why
+            raise Unavailable(str(error)) from error
+        path = last_backend()
+        fused = f", LayerNorm {'fused' if path.norm_fused else 'not fused'}" if len(leaves) > 2 else ""
+        return Made(op, works[work], f"forward {path.forward}, backward {path.backward}{fused}")
+
+    return make
 
 
-# name → maker of the op for these inputs. "eager" comes first: ratios are to it.
-SAME_WORK: dict[str, Callable[[Tensor, Tensor], Op]] = {
-    "eager": lambda tokens, codes: reference.multi_view_pool,
-    "compile": compiled,
-    "sdpa": lambda tokens, codes: sdpa,
-    "torch": portable,
-    "triton": triton,
-}
+def _peer(build: Callable[[int, int], nn.Module]) -> Callable:
+    """A library's own module. It computes a more expressive function, at the price of projecting every token."""
+
+    def make(works: dict[str, Work], views: int) -> Made:
+        tokens = works["pool"].leaves["X"]
+        try:
+            module = build(tokens.shape[2], views).to(tokens.device, tokens.dtype)
+        except ImportError as error:
+            raise Unavailable(f"{error.name or error} is not installed") from error
+        return Made(own_op(module), own_work(module, tokens))
+
+    return make
 
 
 def attentional_pooler(width: int, views: int) -> nn.Module:
     from open_clip.transformer import AttentionalPooler
 
-    return AttentionalPooler(width, width, n_head=width // 64, n_queries=views)
+    return AttentionalPooler(width, width, n_head=8, n_queries=views)  # 8 heads: open_clip's default
 
 
 def attention_pool_latent(width: int, views: int) -> nn.Module:
-    try:
-        from timm.layers import AttentionPoolLatent
-    except ImportError as error:
-        raise Unavailable("timm is not installed") from error
+    from timm.layers import AttentionPoolLatent
+
     return AttentionPoolLatent(width, num_heads=width // 64, latent_len=views, pool_type="")
 
 
-# Poolers in use today: another, costlier function (projections of every token), without a Gram matrix.
-OTHER_WORK: dict[str, Callable[[int, int], nn.Module]] = {
-    "open_clip AttentionalPooler": attentional_pooler,
-    "timm AttentionPoolLatent": attention_pool_latent,
+def siglip_head(width: int, views: int) -> nn.Module:
+    """One probe, whatever the number of views; an MLP follows."""
+    from transformers import SiglipVisionConfig
+    from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
+
+    heads = 16 if width == 1152 else width // 64  # as the models of this width have
+    config = SiglipVisionConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width)
+    return SiglipMultiheadAttentionPoolingHead(config)
+
+
+# "naive" does what the specification says under autograd: ratios are to it.
+PROVIDERS: dict[str, Provider] = {
+    "naive": Provider("PyTorch", "pool", _plain(reference.multi_view_pool), in_model=True),
+    "compile": Provider("PyTorch, compiled", "pool", _compiled(reference.multi_view_pool)),
+    "sdpa": Provider("SDPA + Gram", "pool", _sdpa, in_model=True),
+    "flex": Provider("FlexAttention + Gram", "pool", _flex),
+    "torch": Provider("mvam_fast, torch path", "pool", _ours("torch"), in_model=True, ours=True),
+    "triton": Provider("mvam_fast, Triton", "pool", _ours("triton"), in_model=True, ours=True),
+    "norm-naive": Provider("LayerNorm + PyTorch", "norm+pool", _plain(normed_pool, "norm+pool")),
+    "norm-compile": Provider("LayerNorm + PyTorch, compiled", "norm+pool", _compiled(normed_pool, "norm+pool")),
+    "norm-torch": Provider("mvam_fast with LayerNorm, torch path", "norm+pool", _ours("torch", "norm+pool"), ours=True),
+    "norm-triton": Provider(
+        "mvam_fast with LayerNorm, Triton", "norm+pool", _ours("triton", "norm+pool"), in_model=True, ours=True
+    ),
+    "attentional-pooler": Provider("open_clip AttentionalPooler", "own", _peer(attentional_pooler)),
+    "attention-pool-latent": Provider("timm AttentionPoolLatent", "own", _peer(attention_pool_latent)),
+    "siglip-head": Provider("transformers SigLIP head, 1 probe", "own", _peer(siglip_head)),
 }
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest deviation from float64 that is let through, relative to the largest value."""
-    return {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
-
-
-def gate(op: Op, inputs: Inputs) -> None:
-    """Raises Unavailable unless P, G, dX and dC of `op` are right on the very inputs that will be timed."""
-    leaves = [inputs.tokens, inputs.codes]
-    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    results = []
-    for function, (tokens, codes) in ((op, leaves), (reference.multi_view_pool, exact_leaves)):
-        outputs = function(tokens, codes)
-        gradients = [g.to(o.dtype) for g, o in zip((inputs.d_pooled, inputs.d_gram), outputs, strict=True)]
-        results.append([*outputs, *torch.autograd.grad(outputs, (tokens, codes), gradients)])
-    for name, found, exact in zip(("P", "G", "dX", "dC"), *results, strict=True):
-        error = float(((found.double() - exact).abs().max() / exact.abs().max()).detach())
-        if not error <= tolerance(inputs.tokens.dtype):
-            raise Unavailable(f"wrong: {name} is off by {error:.1e}, allowed {tolerance(inputs.tokens.dtype):.0e}")
+BASELINES = {"pool": "naive", "norm+pool": "norm-naive", "own": "naive"}

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent))
-from throughput import machine  # noqa: E402
+from machine import machine  # noqa: E402
 
 from mvam_fast.files import atomic, read_json, write_json  # noqa: E402
 from mvam_fast.retrieval.demo import LABELS, RECIPE, RUNS, train_pair  # noqa: E402

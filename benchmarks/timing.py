@@ -1,57 +1,137 @@
-"""How long something takes on the device at hand, and how fast that device copies."""
+"""How long something takes on the device at hand, how much memory, and how fast that device can be at all."""
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from machine import cache_bytes
+from torch.profiler import ProfilerActivity, profile
+
+Step = Callable[[], object]
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports a missing GPU as an error, once per process
 
 
-def repetitions_ms(
-    step: Callable[[], object], device: torch.device, *, seconds: float, least: int = 5, most: int = 200
-) -> list[float]:
-    """Milliseconds of each repetition, after warm-up: at least `least`, until `seconds` are spent.
+def _nothing() -> None:
+    pass
 
-    On a GPU by events, with a cold L2 cache: a buffer of twice its size is overwritten before each repetition.
+
+class Clock:
+    """Times single repetitions, each with a cold last-level cache.
+
+    Before each, a buffer of twice the cache's size is *read*: overwriting it would leave dirty lines that the step
+    then pays to write back. GPU times are between events on the stream, so that a step shorter than its own launch
+    shows what the device does; what the host needs is in `call_blocks_ms`. A step may have a method `before`, which
+    runs ahead of each repetition and is not timed.
     """
-    for _ in range(2):
-        step()
-    found: list[float] = []
-    began = time.perf_counter()
-    flush = None
-    if device.type == "cuda":
-        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        flush = torch.empty(size, dtype=torch.uint8, device=device)
-        torch.cuda.synchronize(device)
-    while len(found) < least or (time.perf_counter() - began < seconds and len(found) < most):
-        if flush is None:
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._buffer = torch.ones(2 * cache_bytes(device) // 4, device=device)
+
+    def repetition_ms(self, step: Step) -> float:
+        getattr(step, "before", _nothing)()
+        self._buffer.sum()
+        if self.device.type != "cuda":
             start = time.perf_counter()
             step()
-            found.append(1000 * (time.perf_counter() - start))
-        else:
-            flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            return round(1000 * (time.perf_counter() - start), 6)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return round(start.elapsed_time(end), 6)
+
+    def block_ms(self, step: Step, *, seconds: float, least: int = 3, most: int = 100) -> list[float]:
+        """At least `least` repetitions after two for warm-up, then until `seconds` are spent."""
+        for _ in range(2):
+            self.repetition_ms(step)
+        found: list[float] = []
+        began = time.perf_counter()
+        while len(found) < least or (time.perf_counter() - began < seconds and len(found) < most):
+            found.append(self.repetition_ms(step))
+        return found
+
+    def interleaved_blocks_ms(
+        self, steps: dict[str, Step], *, seconds: float, rounds: int = 5, tick: Callable[[], object] = _nothing
+    ) -> dict[str, list[list[float]]]:
+        """`rounds` blocks of each step, in turns: what else the machine does meanwhile meets all of them alike.
+
+        In blocks, not one by one: after another step has freed its memory, the first repetitions pay for page faults.
+        `seconds` is for each step, over all rounds; `tick` is called after each block.
+        """
+        found: dict[str, list[list[float]]] = {name: [] for name in steps}
+        for _ in range(rounds):
+            for name, step in steps.items():
+                found[name].append(self.block_ms(step, seconds=seconds / rounds))
+                tick()
+        return found
+
+    def call_blocks_ms(self, step: Step, *, seconds: float, rounds: int = 5) -> list[list[float]]:
+        """What a caller waits for: wall clock of step and synchronisation, caches as the last call left them."""
+        found = []
+        for _ in range(rounds):
+            block: list[float] = []
+            began = time.perf_counter()
+            while len(block) < 5 or (time.perf_counter() - began < seconds / rounds and len(block) < 200):
+                start = time.perf_counter()
+                step()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                block.append(round(1000 * (time.perf_counter() - start), 6))
+            found.append(block)
+        return found
+
+
+def summary(repetitions: list[float]) -> dict[str, float]:
+    """Median with the 20th and 80th percentile, and the least."""
+    if len(repetitions) < 2:
+        return dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "min_ms"), repetitions[0])
+    fifths = statistics.quantiles(repetitions, n=5, method="inclusive")
+    middle, least = statistics.median(repetitions), min(repetitions)
+    return {"median_ms": middle, "p20_ms": fifths[0], "p80_ms": fifths[3], "min_ms": least}
+
+
+def captured(step: Step) -> Step:
+    """The replay of `step` as a CUDA graph, captured after three warm-up runs on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
             step()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end))
-    return found
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        graph.kept = step()  # its tensors lie in the graph's memory pool, and live as long as it
+    return graph.replay
 
 
-def interleaved_ms(
-    steps: dict[str, Callable[[], object]], device: torch.device, *, seconds: float, rounds: int = 5
-) -> dict[str, list[float]]:
-    """`repetitions_ms` of each step, in turns: what else the machine does in the meantime meets all of them alike.
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What this device reaches now: copy (bytes read + written) and read-only bandwidth, and matrix products.
 
-    In blocks, not one by one: after another step has freed its memory, the first repetitions pay for page faults.
+    Tensors are beyond every cache; the best of five blocks' medians, since a limit is what can be reached.
     """
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            found[name] += repetitions_ms(step, device, seconds=seconds / rounds, least=3)
+    clock = Clock(device)
+    gpu = device.type == "cuda"
+    source = torch.ones(1 << (28 if gpu else 25), device=device)
+    target = torch.empty_like(source)
+    size = source.numel() * 4
+    copy_ms = _best(clock, lambda: target.copy_(source))
+    read_ms = min(_best(clock, reduce) for reduce in (source.sum, source.amax))
+    found = {"copy_gb_s": 2 * size / copy_ms / 1e6, "read_gb_s": size / read_ms / 1e6}
+    side = 8192 if gpu else 1024
+    for dtype in (torch.float32, *((torch.float16, torch.bfloat16) if gpu else ())):
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        found[f"{str(dtype)[6:]}_gflop_s"] = 2 * side**3 / _best(clock, lambda a=a, b=b: a @ b) / 1e6
     return found
+
+
+def _best(clock: Clock, step: Step) -> float:
+    return min(statistics.median(clock.block_ms(step, seconds=0.1)) for _ in range(5))
 
 
 def saved_mb(outputs: Callable[[], object], leaves: tuple[torch.Tensor, ...]) -> float:
@@ -71,30 +151,21 @@ def saved_mb(outputs: Callable[[], object], leaves: tuple[torch.Tensor, ...]) ->
     return sum(kept.values()) / 1e6
 
 
-def summary(repetitions: list[float]) -> dict[str, float]:
-    """Median with the 20th and 80th percentile, and the least."""
-    if len(repetitions) < 2:
-        return dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "min_ms"), repetitions[0])
-    fifths = statistics.quantiles(repetitions, n=5, method="inclusive")
-    middle, least = statistics.median(repetitions), min(repetitions)
-    return {"median_ms": middle, "p20_ms": fifths[0], "p80_ms": fifths[3], "min_ms": least}
-
-
-def copy_gb_s(device: torch.device) -> float:
-    """Bytes read plus written per second (10⁹) by copying a tensor that no cache holds."""
-    source = torch.ones(1 << (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = repetitions_ms(lambda: target.copy_(source), device, seconds=0.5)
-    return 2 * source.numel() / statistics.median(times) / 1e6
-
-
-def peak_extra_mb(step: Callable[[], object], device: torch.device) -> float | None:
-    """Memory (10⁶ bytes) that a step needs beyond what is there; None where it cannot be told (CPU)."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+def peak_extra_mb(step: Step, device: torch.device) -> float:
+    """Memory (10⁶ bytes) that a step needs at its peak beyond what is there: tensors, as the allocator counts them."""
+    getattr(step, "before", _nothing)()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        step()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 1e6

@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 from mvam_fast.kernels import launch_table, pool_backward, pool_forward, tiles
-from timing import repetitions_ms
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+from timing import Clock  # noqa: E402
 
 from mvam_fast.files import write_json
 
@@ -58,7 +60,7 @@ def steps(dtype: torch.dtype, width: int, views: int, norm: bool, device: torch.
     return {"forward": forward, "backward": backward}
 
 
-def measure(kernel: str, step, own: launch_table.Row, key: tuple, device: torch.device, seconds: float) -> dict:
+def measure(kernel: str, step, own: launch_table.Row, key: tuple, clock: Clock, seconds: float) -> dict:
     """The fastest candidate as a row of the table, with every candidate's median or the reason it has none."""
     expected = [t.float() for t in step() if t is not None and t.numel()]
     tried = []
@@ -69,7 +71,7 @@ def measure(kernel: str, step, own: launch_table.Row, key: tuple, device: torch.
                 found = [t.float() for t in step() if t is not None and t.numel()]
                 for one, other in zip(found, expected, strict=True):
                     torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))
-                median = statistics.median(repetitions_ms(step, device, seconds=seconds))
+                median = statistics.median(clock.block_ms(step, seconds=seconds))
                 tried.append({**about, "median_ms": median})
             except Exception as error:  # does not compile, does not fit, is wrong: the others are still measured
                 tried.append({**about, "median_ms": math.inf, "reason": str(error).strip().splitlines()[0][:150]})
@@ -105,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         if before["device"] != table["device"]:
             sys.exit(f"{options.out} was measured on {before['device']}, this is {table['device']}; name another file")
         table["rows"] = before["rows"]
+    clock = Clock(device)
     done = {tuple(row[n] for n in launch_table.KEY) for row in table["rows"]}
     cases = [(dtype, width, views) for dtype in options.dtypes for width in options.widths for views in options.views]
     for dtype, width, views in tqdm(cases, unit="case", file=sys.stderr):
@@ -115,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
             if key in done:
                 continue
             own = launch_table.row(kernel, capability, dtype, width, held, options.norm)
-            table["rows"].append(measure(kernel, step, own, key, device, options.seconds))
+            table["rows"].append(measure(kernel, step, own, key, clock, options.seconds))
             write_json(options.out, table)
             best = table["rows"][-1]
             print(f"{kernel:9} D={width:<5} M<={held:<3} {str(dtype)[6:]:9} {own} -> "

@@ -1,6 +1,7 @@
-"""The benchmark harness: its bytes, its gate, its rows. What it measures is never asserted."""
+"""The benchmark harness: its bytes, its gate, its rows, its files. What it measures is never asserted."""
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,72 +12,271 @@ from PIL import Image
 from mvam_fast import reference
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-providers = importlib.import_module("providers")
-throughput = importlib.import_module("throughput")
-timing = importlib.import_module("timing")
+cases, compare, gate, providers, results, schema, shapes, throughput, timing, work = (
+    importlib.import_module(name)
+    for name in (
+        "cases", "compare", "gate", "providers", "results", "schema", "shapes", "throughput", "timing", "work",
+    )
+)  # fmt: skip
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def inputs():
-    return providers.Inputs.make(2, 5, 64, 3, torch.float32, torch.device("cpu"))
+def pool():
+    return work.works(2, 5, 64, 3, torch.float32, CPU)["pool"]
 
 
-def test_bytes_are_counted_by_hand(inputs):
+def test_bytes_and_arithmetic_are_counted_by_hand(pool):
     tokens, codes, pooled, gram = 2 * 5 * 64 * 4, 3 * 64 * 4, 2 * 3 * 64 * 4, 2 * 3 * 3 * 4
-    assert inputs.moved_bytes("forward") == tokens + codes + pooled + gram
-    assert inputs.moved_bytes("forward+backward") == 2 * (tokens + codes + pooled + gram) + tokens + codes
-    half = providers.Inputs.make(2, 5, 64, 3, torch.bfloat16, torch.device("cpu"))
+    assert pool.moved_bytes("forward") == tokens + codes + pooled + gram
+    assert pool.moved_bytes("backward") == 2 * (tokens + codes) + pooled + gram
+    assert pool.moved_bytes("forward+backward") == pool.moved_bytes("forward") + pool.moved_bytes("backward")
+    half = work.works(2, 5, 64, 3, torch.bfloat16, CPU)["pool"]
     assert half.moved_bytes("forward") == (tokens + codes + pooled) // 2 + gram
+    product = 2 * 2 * 5 * 3 * 64  # S; as many for P, dA, two for dX, dC
+    assert pool.flops("forward") == 2 * product + 2 * 2 * 5 * 3 * 3
+    assert pool.flops("forward+backward") == 6 * product + 2 * (2 * 2 * 5 * 3 * 3)
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "torch"])
-def test_the_gate_lets_right_providers_through(name, inputs):
-    assert providers.gate(providers.SAME_WORK[name](inputs.tokens, inputs.codes), inputs) is None
+def wrong_ops(op):
+    return {
+        "P": lambda x, c, *rest: (op(x, c, *rest)[0] * 1.0001, op(x, c, *rest)[1]),
+        "G": lambda x, c, *rest: (op(x, c, *rest)[0], 1.0001 * op(x, c, *rest)[1]),
+        "dX": lambda x, c, *rest: op(x.detach() + 0 * x, c, *rest),
+        "dC": lambda x, c, *rest: op(x, c.detach() + 0 * c, *rest),
+    }
 
 
-WRONG = {
-    "P is off": lambda x, c: (reference.multi_view_pool(x, c)[0] * 1.01, reference.multi_view_pool(x, c)[1]),
-    "G is off": lambda x, c: (reference.multi_view_pool(x, c)[0], 1.01 * reference.multi_view_pool(x, c)[1]),
-    "dX is off": lambda x, c: reference.multi_view_pool(x.detach() + 0 * x, c),
-    "dC is off": lambda x, c: reference.multi_view_pool(x, c.detach() + 0 * c),
-}
+@pytest.mark.parametrize("name", ["pool", "norm+pool"])
+@pytest.mark.parametrize("wrong", ["P", "G", "dX", "dC"])
+def test_the_gate_stops_wrong_outputs_and_wrong_gradients(name, wrong):
+    chosen = work.works(2, 5, 64, 3, torch.float32, CPU)[name]
+    op = wrong_ops(chosen.specification)[wrong]
+    with pytest.raises(gate.Wrong, match=f"wrong: {wrong} is off by"):
+        gate.check(gate.results_of(op, chosen), chosen)
 
 
-@pytest.mark.parametrize("message", WRONG)
-def test_the_gate_stops_wrong_outputs_and_wrong_gradients(message, inputs):
-    with pytest.raises(providers.Unavailable, match=f"wrong: {message}"):
-        providers.gate(WRONG[message], inputs)
+def test_the_gate_stops_what_is_no_number(pool):
+    found = gate.results_of(pool.specification, pool)
+    found["P"] = torch.full_like(found["P"], float("nan"))
+    with pytest.raises(gate.Wrong, match="wrong: P is off by nan"):
+        gate.check(found, pool)
 
 
-def test_a_run_writes_rows_reasons_and_a_plot(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(throughput.SHAPES, "vit-b-32", (5, 64))
-    monkeypatch.setattr(timing, "copy_gb_s", lambda device: 10.0)
+def test_the_gate_stops_a_percent_in_bfloat16():
+    chosen = work.works(4, 40, 128, 4, torch.bfloat16, CPU)["pool"]
+    off = lambda x, c: (1.03 * reference.multi_view_pool(x, c)[0], reference.multi_view_pool(x, c)[1])  # noqa: E731
+    with pytest.raises(gate.Wrong, match="wrong: P"):
+        gate.check(gate.outputs_of(off, chosen), chosen)
+    gate.check(gate.results_of(chosen.specification, chosen), chosen)
 
-    def broken(width, views):
-        raise RuntimeError("it does not build\nsecond line")
 
-    monkeypatch.setitem(providers.OTHER_WORK, "timm AttentionPoolLatent", broken)
-    monkeypatch.setitem(providers.SAME_WORK, "sdpa", lambda tokens, codes: WRONG["G is off"])
-    chosen = ["torch", "sdpa", "triton", "open_clip AttentionalPooler", "timm AttentionPoolLatent"]
+@pytest.mark.parametrize("name", ["pool", "norm+pool", "model"])
+def test_judging_in_chunks_changes_nothing(name, monkeypatch):
+    chosen = work.works(5, 7, 64, 3, torch.float32, CPU)[name]
+    found = gate.results_of(chosen.specification, chosen)
+    whole = gate.errors_of(found, chosen)
+    assert whole.keys() == {*chosen.d_outputs, *(f"d{leaf}" for leaf in chosen.leaves)}
+    monkeypatch.setattr(gate, "CHUNK", 2 * 7 * 64)  # two samples at a time, and one left over
+    assert gate.errors_of(found, chosen) == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_pooler_is_judged_by_itself_in_float64():
+    tokens = torch.randn(3, 5, 64, requires_grad=True)
+    module = providers.attentional_pooler(64, 2)
+    own = work.own_work(module, tokens)
+    errors = gate.check(gate.results_of(work.own_op(module), own), own)
+    assert {"Y", "dX", "dquery", "dattn.in_proj_weight"} <= errors.keys() and 0 < max(errors.values()) < 1e-5
+    with pytest.raises(gate.Wrong, match="wrong: Y"):
+        gate.check({"Y": module(tokens).detach() * 1.001}, own)
+
+
+def shrink(monkeypatch):
+    """Shapes that take no time, and ceilings that are not measured."""
+    monkeypatch.setattr(throughput, "ceilings", lambda device: {
+        "copy_gb_s": 10.0, "read_gb_s": 20.0, "float32_gflop_s": 100.0,
+    })  # fmt: skip
+    for name in ("vit-b-32", "vit-b-16", "text-512"):
+        monkeypatch.setitem(shapes.SHAPES, name, (5, 64))
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1024)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    shrink(monkeypatch)
+
+
+def run(out, *more):
     throughput.main([
-        "--quick", "--device", "cpu", "--shapes", "vit-b-32", "--batch", "2", "--views", "3", "--providers", *chosen,
-        "--json", str(tmp_path / "t.json"), "--plot", str(tmp_path / "t.png"),
+        "--quick", "--device", "cpu", "--shapes", "vit-b-32", "--batch", "2", "--views", "3", "--out", str(out), *more,
     ])  # fmt: skip
-    result = json.loads((tmp_path / "t.json").read_text())
+    return results.read(out / "throughput.json", "throughput")
+
+
+def broken(given, views):
+    raise RuntimeError("it does not build\nsecond line")
+
+
+def without_backward(given, views):
+    class ForwardOnly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tokens, codes):
+            return reference.multi_view_pool(tokens, codes)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            raise NotImplementedError("forward only")
+
+    return providers.Made(ForwardOnly.apply, given["pool"])
+
+
+def replaced(monkeypatch, name, make):
+    old = providers.PROVIDERS[name]
+    monkeypatch.setitem(providers.PROVIDERS, name, providers.Provider(old.label, old.work, make, ours=old.ours))
+
+
+def test_a_run_writes_rows_reasons_and_plots(tmp_path, monkeypatch, capsys, tiny):
+    replaced(monkeypatch, "attention-pool-latent", broken)
+    replaced(monkeypatch, "flex", without_backward)
+    off = wrong_ops(reference.multi_view_pool)["G"]
+    replaced(monkeypatch, "sdpa", lambda given, views: providers.Made(off, given["pool"]))
+    chosen = ["sdpa", "flex", "torch", "triton", "norm-torch", "attentional-pooler", "attention-pool-latent"]
+    monkeypatch.setattr(cases, "SETTINGS", {"eager": cases.MODES})
+    monkeypatch.setattr(throughput, "SETTINGS", {"eager": cases.MODES})
+    result = run(tmp_path, "--providers", *chosen)
+    schema.validate(result)
     rows = {(row["provider"], row["mode"]): row for row in result["rows"]}
-    assert len(rows) == 12  # eager is added: the ratios are to it
-    for provider in ("eager", "torch", "open_clip AttentionalPooler"):
-        row = rows[provider, "forward"]
-        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and len(row["repetitions_ms"]) >= 5
-        assert row["gb_s"] == pytest.approx(row["percent_of_copy"] * result["copy_gb_s"] / 100)
-    assert rows["eager", "forward"]["ratio"] == 1
-    assert rows["sdpa", "forward"]["reason"].startswith("wrong: G is off")
-    assert "median_ms" not in rows["sdpa", "forward"]
-    assert "needs a CUDA GPU" in rows["triton", "forward"]["reason"]
-    assert rows["timm AttentionPoolLatent", "forward"]["reason"] == "RuntimeError: it does not build"
-    assert {"device", "threads", "torch", "commit", "date"} <= set(result["machine"])
-    assert Image.open(tmp_path / "t.png").width > 800 and result["plot"] == "t.png"
-    assert "On a CPU" in capsys.readouterr().out
+    assert len(rows) == 9 * 3  # both naive versions are added: the ratios are to them
+    for provider in ("naive", "norm-naive", "torch", "norm-torch", "attentional-pooler"):
+        row = rows[provider, "forward+backward"]
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and len(row["blocks_ms"]) == 5
+        assert row["gb_s"] == pytest.approx(row["percent_of_copy"] * 10 / 100)
+        assert row["gb_s"] == pytest.approx(row["percent_of_read"] * 20 / 100)
+        assert row["peak_extra_mb"] > 0 and row["first_result_s"] > 0 and max(row["errors"].values()) < 1e-5
+    row, ours, naive = (rows[p, "forward"] for p in ("attentional-pooler", "torch", "naive"))
+    assert row["ours_ratio"] == pytest.approx(row["median_ms"] / ours["median_ms"])
+    assert row["ratio"] == pytest.approx(naive["median_ms"] / row["median_ms"]) and naive["ratio"] == 1
+    assert rows["torch", "forward"]["details"] == "forward torch, backward torch"
+    for mode in cases.MODES:
+        assert rows["sdpa", mode]["reason"].startswith("wrong: G is off") and "median_ms" not in rows["sdpa", mode]
+        assert "needs a CUDA GPU" in rows["triton", mode]["reason"]
+        assert rows["attention-pool-latent", mode]["reason"] == "RuntimeError: it does not build"
+    assert "median_ms" in rows["flex", "forward"] and "saved_mb" not in rows["flex", "forward"]
+    assert rows["flex", "backward"]["reason"] == "NotImplementedError: forward only"
+    for name in ("times", "roofline", "memory"):
+        with Image.open(tmp_path / f"throughput-{name}.png") as image:
+            assert image.width > 800 and image.text["Source"] == result["seal"]
+    printed = capsys.readouterr().out
+    assert "On a CPU" in printed and "open_clip AttentionalPooler *" in printed and "wrong: G is off" in printed
+
+
+def test_the_op_is_timed_inside_a_compiled_model(tiny):
+    case = cases.Case("vit-b-32", 2, 3, "float32")
+    rows = cases.measure(case, ["naive", "torch", "norm-naive"], ["compiled model"], CPU, 0.0, lambda text: None)
+    assert [(row["provider"], row["mode"]) for row in rows] == [
+        ("naive", "forward"), ("torch", "forward"), ("naive", "forward+backward"), ("torch", "forward+backward"),
+    ]  # fmt: skip
+    assert all({"f", "G", "dX", "dC", "dγ", "dβ", "dW"} == row["errors"].keys() for row in rows)
+
+
+def test_an_interrupted_run_goes_on_and_refuses_another_code_or_setting(tmp_path, monkeypatch, tiny):
+    only = ["--providers", "naive", "torch"]
+    monkeypatch.setattr(throughput, "SETTINGS", {"eager": cases.MODES})
+    first = run(tmp_path, *only)
+    again = run(tmp_path, *only, "--resume", "--batch", "2", "4")
+    assert again["rows"][: len(first["rows"])] == first["rows"] and len(again["rows"]) == 2 * len(first["rows"])
+    assert again["complete"]
+    with pytest.raises(SystemExit, match="--resume: providers was"):
+        run(tmp_path, "--providers", "naive", "--resume")
+    monkeypatch.setattr(throughput, "machine", lambda device: {**first["machine"], "source_sha256": "0" * 64})
+    with pytest.raises(SystemExit, match="--resume: source_sha256 was"):
+        run(tmp_path, *only, "--resume")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shrink(monkeypatch)
+        monkeypatch.setattr(throughput, "SETTINGS", {"eager": cases.MODES})
+        run(folder := tmp_path_factory.mktemp("measured"), "--providers", "naive", "torch")
+    return folder / "throughput.json"
+
+
+@pytest.fixture
+def sealed(measured, tmp_path):
+    return Path(shutil.copy(measured, tmp_path))
+
+
+@pytest.mark.parametrize("edit", ["time", "median", "reason", "commit", "removed"])
+def test_a_file_that_was_edited_by_hand_is_refused(edit, sealed):
+    content = json.loads(sealed.read_text())
+    row = content["rows"][0]
+    if edit == "time":
+        row["blocks_ms"][0][0] /= 2
+    elif edit == "median":
+        row["median_ms"] /= 2
+    elif edit == "reason":
+        content["rows"][1] = {**{k: row[k] for k in schema.CASE}, "reason": "it was slow"}
+    elif edit == "commit":
+        content["machine"]["commit"] = "another"
+    else:
+        del content["rows"][1]
+    sealed.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="was changed after it was measured"):
+        results.read(sealed)
+
+
+def test_statistics_that_do_not_follow_are_refused_though_sealed(sealed):
+    content = results.read(sealed)
+    content["rows"][0]["median_ms"] *= 0.5
+    results.write(sealed, "throughput", content)
+    with pytest.raises(ValueError, match="row 0: median_ms does not follow from the repetitions"):
+        results.read(sealed)
+
+
+def test_the_schema_names_what_does_not_fit(sealed):
+    content = results.read(sealed)
+    schema.validate(content)
+    content["rows"][0]["mode"] = "sideways"
+    with pytest.raises(ValueError, match=r"throughput: \$\.rows\[0\]"):
+        schema.validate(content)
+
+
+def slower(result, factor, provider="torch"):
+    changed = json.loads(json.dumps(result))
+    for row in changed["rows"]:
+        if row["provider"] == provider:
+            row["blocks_ms"] = [[factor * t for t in block] for block in row["blocks_ms"]]
+            row |= timing.summary([t for block in row["blocks_ms"] for t in block])
+    return changed
+
+
+def test_compare_tells_a_change_from_noise(sealed, tmp_path, capsys):
+    result = results.read(sealed)
+    results.write(tmp_path / "slow.json", "throughput", slower(result, 50.0))
+    results.write(tmp_path / "fast.json", "throughput", slower(result, 0.02))
+    results.write(tmp_path / "control.json", "throughput", slower(result, 50.0, "naive"))
+    files = [str(sealed), *(str(tmp_path / f"{name}.json") for name in ("slow", "fast", "control"))]
+    assert compare.main([files[0], files[0]]) == 0 and "ours: 0 beyond the noise" in capsys.readouterr().out
+    assert compare.main([files[0], files[1]]) == 1 and "50.00x slower" in capsys.readouterr().out
+    assert compare.main([files[0], files[2]]) == 0 and "50.00x faster" in capsys.readouterr().out
+    assert compare.main([files[0], files[3]]) == 0
+    printed = capsys.readouterr().out
+    assert "control (code that is not ours): the new run is 0.020x" in printed and "not ours: 3 beyond" in printed
+
+
+def test_compare_reports_what_stopped_working_and_refuses_other_devices(sealed, tmp_path, capsys):
+    result = results.read(sealed)
+    failed = json.loads(json.dumps(result))
+    failed["rows"][1] = {**{k: failed["rows"][1][k] for k in schema.CASE}, "reason": "wrong: P is off"}
+    results.write(tmp_path / "failed.json", "throughput", failed)
+    assert compare.main([str(sealed), str(tmp_path / "failed.json")]) == 1
+    assert "has no time any more: wrong: P is off" in capsys.readouterr().out
+    failed["machine"]["device"] = "another"
+    results.write(tmp_path / "failed.json", "throughput", failed)
+    assert compare.main([str(sealed), str(tmp_path / "failed.json")]) == 2
+    assert compare.main([str(sealed), str(tmp_path / "none.json")]) == 2
+    assert "device differs" in (printed := capsys.readouterr().err) and "no such file" in printed
 
 
 def test_summary_of_repetitions():
@@ -92,9 +292,36 @@ def test_saved_bytes_count_what_autograd_keeps_once_and_not_the_inputs():
     assert timing.saved_mb(lambda: (y := x.exp()) * y, (x,)) == pytest.approx(200e-6)
 
 
-def test_interleaved_steps_are_all_repeated():
+def test_peak_memory_counts_what_lives_at_once():
+    def step():
+        for _ in range(3):  # one after another, never two at a time
+            torch.zeros(250_000)
+        return torch.zeros(500_000)
+
+    assert timing.peak_extra_mb(step, CPU) == pytest.approx(2, rel=0.01)
+
+
+def test_blocks_take_turns_and_what_goes_before_is_not_timed(tiny):
     calls = []
-    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
-    found = timing.interleaved_ms(steps, torch.device("cpu"), seconds=0, rounds=2)
-    assert {name: len(times) for name, times in found.items()} == {"a": 6, "b": 6}
-    assert "".join(calls) == 2 * (5 * "a" + 5 * "b")  # two of five are warm-up
+
+    class Step:
+        def __init__(self, name):
+            self.name = name
+
+        def before(self):
+            calls.append("(" + self.name)
+
+        def __call__(self):
+            calls.append(")")
+
+    steps = {name: Step(name) for name in "ab"}
+    found = timing.Clock(CPU).interleaved_blocks_ms(steps, seconds=0, rounds=2)
+    assert {name: [len(block) for block in blocks] for name, blocks in found.items()} == {"a": [3, 3], "b": [3, 3]}
+    assert "".join(calls) == 2 * (5 * "(a)" + 5 * "(b)")  # two of five are warm-up
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_is_captured_in_a_graph_and_replayed():
+    case = cases.Case("vit-b-32", 2, 8, "bfloat16")
+    rows = cases.measure(case, ["naive", "torch", "triton"], ["CUDA graph"], torch.device("cuda"), 0.0, lambda _: None)
+    assert all("median_ms" in row for row in rows), rows

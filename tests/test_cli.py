@@ -100,7 +100,8 @@ def test_the_verdict_follows_the_numbers():
 
 
 @pytest.mark.parametrize(
-    "content, message", [(None, "throughput: no such file"), ("{", "is not valid JSON"), ("{}", "names no plot")]
+    "content, message",
+    [(None, "throughput: no such file"), ("{", "is not valid JSON"), ("{}", "is no throughput.json with plots")],
 )
 def test_the_demo_reads_the_throughput_before_it_works(content, message, tmp_path):
     path = tmp_path / "throughput.json"

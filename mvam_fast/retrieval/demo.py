@@ -151,11 +151,13 @@ def _describe(name: str, out: Path, metrics: dict) -> dict:
 
 
 def _read_throughput(path: Path, out: Path) -> dict:
-    """Read before anything is trained, so that a wrong file costs seconds. Its plot is made relative to `out`."""
+    """Read before anything is trained, so that a wrong file costs seconds. Its plot's place is relative to `out`."""
     timed = read_json(path, "throughput")
-    if not isinstance(timed, dict) or "plot" not in timed:
-        raise ValueError(f"throughput: {path} names no plot; make it with benchmarks/throughput.py --json and --plot")
-    return {**timed, "plot": os.path.relpath(path.parent / timed["plot"], out)}
+    plot = path.with_name("throughput-times.png")
+    if not isinstance(timed, dict) or timed.get("kind") != "throughput" or not plot.is_file():
+        raise ValueError(f"throughput: {path} is no throughput.json with plots beside it; make it with "
+                         "benchmarks/throughput.py --out FOLDER")
+    return {**timed, "plot": os.path.relpath(plot, out)}
 
 
 def _rows(path: Path) -> list[dict]:

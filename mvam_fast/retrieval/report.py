@@ -26,8 +26,8 @@ def build_report(report: dict, out: str | Path) -> Path:
 
     `report`: title, created, sentence (the verdict), data {"counts", "preview"}, runs {name: {"label", "settings",
     "metrics", "train_seconds", "parameters"}}, oracle (metrics or None), figures [{"file", "title", "caption"}], export
-    (bundle.json with "check", or None), throughput (its JSON with "plot", or None), seconds {stage: s}, machine {}.
-    Files are relative to `out`. A part that is None is said to be missing.
+    (bundle.json with "check", or None), throughput (throughput.json and the "plot" beside it, or None), seconds
+    {stage: s}, machine {}. Files are relative to `out`. A part that is None is said to be missing.
     """
     out = Path(out)
     write_json(out / "report.json", report)
@@ -117,14 +117,14 @@ def _throughput(throughput: dict | None, out: Path) -> str:
         return _missing("Not measured in this run: pass --throughput with the JSON of benchmarks/throughput.py.")
     rows = [
         [
-            f"{row['shape']} × {row['batch']}", row["mode"], row["provider"],
+            f"{row['shape']} × {row['batch']}", f"{row['mode']}, {row['setting']}", row["provider"],
             *((f"{row['median_ms']:.2f}", f"{row['ratio']:.2f}", f"{row['gb_s']:.1f}") if "median_ms" in row
               else (row["reason"], "", "")),
         ]
         for row in throughput["rows"]
     ]  # fmt: skip
-    table = _table(["shape × batch", "mode", "provider", "median ms", "eager ÷ it", "GB/s"], rows)
-    plot = {"file": throughput["plot"], "title": "Median time", "caption": throughput["note"]}
+    table = _table(["shape × batch", "mode, setting", "provider", "median ms", "naive ÷ it", "GB/s"], rows)
+    plot = {"file": throughput["plot"], "title": "Median time", "caption": throughput["bytes"]}
     return _picture(plot, out) + f"<details><summary>All rows</summary>{table}</details>"
 
 
