@@ -1,13 +1,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
+MINUTES ?= 9
 
-.PHONY: help demo test lint bench
+.PHONY: help demo test lint bench gpu
 
 help:
 	@echo "make demo   the whole job on data it makes itself: train, evaluate, draw, export, report"
 	@echo "make test   all tests"
 	@echo "make lint   ruff"
 	@echo "make bench  time the pooling op on the device at hand"
+	@echo "make gpu    tests and benchmarks on a CUDA GPU, without a network, in MINUTES=9; WHEELS=folder, ARGS=..."
 
 # The stamp is written last, so an install that fails is repeated.
 .venv/.installed: setup.py constraints.txt
@@ -28,3 +30,7 @@ lint: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/throughput.py
+
+# With the interpreter that has PyTorch; nothing is fetched.
+gpu:
+	$(PYTHON) benchmarks/gpu_suite.py --minutes $(MINUTES) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)

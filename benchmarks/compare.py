@@ -21,7 +21,7 @@ import results  # noqa: E402
 # What a row is known by; and where to see whether it times code of ours.
 KEYS = {
     "throughput": ("shape", "batch", "views", "dtype", "provider", "setting", "mode"),
-    "encoders": ("task", "tower", "model", "backend", "batch"),
+    "encoders": ("work", "tower", "model", "backend", "batch"),
 }
 OURS = {"throughput": ("provider", ("torch", "triton", "norm-torch", "norm-triton")), "encoders": ("model", ("mvam",))}
 

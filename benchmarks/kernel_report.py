@@ -29,19 +29,21 @@ KERNELS = ("forward", "forward-persistent", "backward")
 BATCH, LENGTH = 1024, 197
 
 
-def moved_bytes(kernel: str, element: int, views: int, width: int, norm: bool) -> int:
-    """For 1,024 samples of 197 tokens, in HBM.
+def moved_bytes(
+    kernel: str, element: int, views: int, width: int, norm: bool, batch: int = BATCH, length: int = LENGTH
+) -> int:
+    """In HBM, each byte once.
 
     Forward: X, C read, P, G, lse written. Backward: X, C, dP, H, δ, lse read, dX, dC written. With a LayerNorm P is
     float32 and two statistics per token are written forward, read backward. With views in groups (M > 32) the logits
     are written and read once.
     """
-    tokens, codes = BATCH * LENGTH * width * element, views * width * element
-    table = BATCH * views * width
-    small = BATCH * (views * views + views) * 4 + (BATCH * LENGTH * 8 if norm else 0)
+    tokens, codes = batch * length * width * element, views * width * element
+    table = batch * views * width
+    small = batch * (views * views + views) * 4 + (batch * length * 8 if norm else 0)
     if kernel == "backward":
-        return 2 * tokens + codes + table * element + small + BATCH * views * 4 + views * width * 4
-    logits = 2 * BATCH * views * LENGTH * 4 if views > 32 else 0
+        return 2 * tokens + codes + table * element + small + batch * views * 4 + views * width * 4
+    logits = 2 * batch * views * length * 4 if views > 32 else 0
     return tokens + codes + table * (4 if norm else element) + small + logits
 
 
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--gb-s", type=float, default=4300, help="bandwidth of the floor time (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder to write kernel_report.json into")
     options = parser.parse_args()
+    about = {**machine(torch.device("cpu")), "device": "compiler only", "kind": "static"}
     jobs = [
         (kernel, norm, arch, names[dtype], views, width, options.gb_s)
         for kernel in KERNELS for norm in (False, True) for arch in options.arch for dtype in options.dtypes
@@ -105,7 +108,6 @@ def main() -> None:
         rows = list(tqdm(pool.map(row_of, jobs, chunksize=4), total=len(jobs), unit="kernel", file=sys.stderr))
     print(table(rows))
     if options.out:
-        about = {**machine(torch.device("cpu")), "device": "compiler only", "kind": "static"}
         settings = {"samples": BATCH, "tokens": LENGTH, "gb_s": options.gb_s}
         result = {"machine": about, "settings": settings, "complete": True, "rows": rows}
         results.write(options.out / "kernel_report.json", "kernel_report", result)

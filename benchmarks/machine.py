@@ -62,10 +62,10 @@ def cache_bytes(device: torch.device) -> int:
     return int(text.rstrip("KM")) << (20 if text.endswith("M") else 10)
 
 
-def source_sha256() -> str:
+def source_sha256(folders: tuple[str, ...] = SOURCES) -> str:
     """Of all Python files that a measurement runs: says that two runs measured the same code, whatever the commit."""
     digest = hashlib.sha256()
-    for folder in SOURCES:
+    for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

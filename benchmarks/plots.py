@@ -1,4 +1,4 @@
-"""Plots of throughput results: times, roofline, latency over the batch, memory."""
+"""Plots of results: the op's times, roofline, times over the batch, memory; the encoders' latency."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ def draw(result: dict, folder: Path, stem: str) -> list[Path]:
     """Writes the plots that these rows allow; each carries the result's seal, so that a stale one can be told."""
     timed = [row for row in result["rows"] if "median_ms" in row]
     found = []
-    for name, make in (("times", times), ("roofline", roofline), ("batch", over_batch), ("memory", memory)):
-        figure = make(result, timed)
+    for name, make in DRAWN[result["kind"]].items():
+        figure = make(result, timed) if timed else None
         if figure is not None:
             path = folder / f"{stem}-{name}.png"
             foot = 0.16 / figure.get_figheight()
@@ -82,10 +82,8 @@ def _panels(panels: list[tuple[str, list[dict]]], title: str, xlabel: str, value
     return figure
 
 
-def times(result: dict, timed: list[dict]) -> Figure | None:
+def times(result: dict, timed: list[dict]) -> Figure:
     """The median times of the case that was measured most fully."""
-    if not timed:
-        return None
     rows = _first_case(timed)
     panels: dict[str, list[dict]] = {}
     for row in rows:
@@ -147,7 +145,8 @@ def over_batch(result: dict, timed: list[dict]) -> Figure | None:
     shapes: dict[tuple, set[int]] = {}
     for row in timed:
         shapes.setdefault((row["shape"], row["views"]), set()).add(row["batch"])
-    if not shapes or len(shapes[chosen := max(shapes, key=lambda key: len(shapes[key]))]) < 2:
+    chosen = max(shapes, key=lambda key: len(shapes[key]))
+    if len(shapes[chosen]) < 2:
         return None
     rows = [row for row in timed if (row["shape"], row["views"]) == chosen]
     panels = list(dict.fromkeys((r["setting"], r["mode"]) for r in rows if r["mode"] != "backward"))
@@ -172,3 +171,44 @@ def over_batch(result: dict, timed: list[dict]) -> Figure | None:
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     return figure
+
+
+MODEL_COLORS = {"clip": PLAIN, "mvam naive": OTHER, "mvam": OURS}
+
+
+def latency(result: dict, timed: list[dict]) -> Figure | None:
+    """What a caller of an encoder waits for: median, with the p99 (or the largest) as a whisker."""
+    rows = [row for row in timed if row["work"] == "inference"]
+    panels = sorted({(row["tower"], row["batch"]) for row in rows})
+    if not panels:
+        return None
+    groups = {panel: [row for row in rows if (row["tower"], row["batch"]) == panel] for panel in panels}
+    heights = [len(group) for group in groups.values()]
+    figure = Figure(figsize=(10, 0.22 * sum(heights) + 0.7 * len(panels) + 0.9), dpi=100, layout="constrained")
+    settings = result["settings"]
+    figure.suptitle(
+        f"{settings['model']}, {settings['views']} views, {settings['dtype']}: milliseconds per call; whisker: p99, or "
+        "the largest of fewer than 100", fontsize=10,
+    )  # fmt: skip
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights).flat
+    for axis, ((tower, batch), group) in zip(axes, groups.items(), strict=True):
+        for index, row in enumerate(group):
+            late = row.get("p99_ms", row.get("max_ms"))
+            axis.plot([row["median_ms"], late], [index, index], color="#bbbbbb", lw=2, zorder=1)
+            axis.scatter(row["median_ms"], index, color=MODEL_COLORS[row["model"]], s=36, zorder=2)
+            text = f"{row['median_ms']:.1f} ms, {row['per_s']:.0f}/s, first result {row['first_result_s']:.1f} s"
+            axis.text(late, index, "  " + text, va="center", fontsize=8)
+        axis.set_yticks(range(len(group)), [f"{row['model']}, {row['backend']}" for row in group], fontsize=8)
+        axis.set_ylim(len(group) - 0.5, -0.5)
+        axis.set_xlim(0, 1.5 * max(row.get("p99_ms", row.get("max_ms")) for row in group))
+        axis.tick_params(axis="x", labelsize=8)
+        axis.set_title(f"{tower}, batch {batch}", fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+# kind of result: what is drawn of it, in the order of the page
+DRAWN = {
+    "throughput": {"times": times, "roofline": roofline, "batch": over_batch, "memory": memory},
+    "encoders": {"latency": latency},
+}

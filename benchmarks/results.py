@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 from timing import summary
@@ -16,6 +17,7 @@ from timing import summary
 from mvam_fast.files import read_json, write_text
 
 FORMAT = 1
+SAME = ("device", "source_sha256", "torch", "threads")  # the facts that a run which is gone on with must share
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -46,6 +48,17 @@ def read(path: Path, kind: str | None = None) -> dict:
     for index, row in enumerate(result["rows"]):
         _check_statistics(row, f"results: {path}, row {index}")
     return result
+
+
+def resumed(path: Path, kind: str, now: dict) -> list[dict]:
+    """The rows of an earlier run that `now` (machine, settings) goes on with; exits with what differs between them."""
+    before = read(path, kind)
+    for part, names in (("machine", SAME), ("settings", now["settings"])):
+        for name in names:
+            if before[part].get(name) != now[part][name]:
+                sys.exit(f"--resume: {name} was {before[part].get(name)}, now it is {now[part][name]}; "
+                         "name another --out")  # fmt: skip
+    return before["rows"]
 
 
 def _check_statistics(row: dict, where: str) -> None:

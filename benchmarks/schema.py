@@ -32,11 +32,11 @@ MACHINE = _object(
     },
 )  # fmt: skip
 STATISTICS_FIELDS = {name: BLOCKS if name == "blocks_ms" else TIME for name in STATISTICS}
+CLOCKS = {"type": "object", "additionalProperties": {"type": "array", "items": NUMBER}}
 CASE = {
     "shape": TEXT, "batch": WHOLE, "views": WHOLE, "dtype": TEXT, "provider": TEXT,
     "work": {"enum": ["pool", "norm+pool", "own"]}, "setting": {"enum": ["eager", "CUDA graph", "compiled model"]},
-    "mode": {"enum": ["forward", "backward", "forward+backward"]},
-    "clocks": {"type": "object", "additionalProperties": {"type": "array", "items": NUMBER}},
+    "mode": {"enum": ["forward", "backward", "forward+backward"]}, "clocks": CLOCKS,
 }  # fmt: skip
 THROUGHPUT_ROW = {
     "oneOf": [
@@ -54,8 +54,41 @@ THROUGHPUT_ROW = {
         ),
     ]
 }  # fmt: skip
+MODEL = {"enum": ["clip", "mvam naive", "mvam"]}
+INFERENCE = {
+    "work": {"const": "inference"}, "backend": TEXT, "tower": {"enum": ["image", "text"]}, "batch": WHOLE,
+    "model": MODEL,
+}  # fmt: skip
+TRAINING = {"work": {"const": "training"}, "batch": WHOLE, "model": MODEL}
+TIMED = {
+    **STATISTICS_FIELDS, "repetitions": WHOLE, "per_s": TIME, "clocks": CLOCKS, "precision": TEXT, "details": TEXT,
+    "errors": ERRORS,
+}  # fmt: skip
+ENCODERS_ROW = {
+    "oneOf": [
+        _object({**INFERENCE, "reason": TEXT | {"minLength": 1}}),
+        _object({**TRAINING, "reason": TEXT | {"minLength": 1}}),
+        _object(
+            {**INFERENCE, **TIMED, "first_result_s": TIME}, {"p99_ms": TIME, "max_ms": TIME, "times_clip": TIME}
+        ),
+        _object(
+            {**TRAINING, **TIMED, "loss": NUMBER, "first_step_s": TIME, "peak_extra_mb": NUMBER, "saved_mb": NUMBER},
+            {"times_clip": TIME},
+        ),
+    ]
+}  # fmt: skip
+TESTS_ROW = _object(
+    {"test": TEXT, "outcome": {"enum": ["passed", "failed", "skipped", "running"]}, "seconds": NUMBER, "message": TEXT}
+)
+PROFILE_ROW = {
+    "type": "object", "required": ["shape", "batch", "views", "dtype", "norm", "kernel", "grid", "bytes_by_formula"],
+    "properties": {"shape": TEXT, "kernel": TEXT, "bytes_by_formula": WHOLE, "bytes_measured": NUMBER},
+}  # fmt: skip
 ANY_ROW = {"type": "object"}
-ROWS = {"throughput": THROUGHPUT_ROW, "kernel_report": ANY_ROW, "host_cost": ANY_ROW}
+ROWS = {
+    "throughput": THROUGHPUT_ROW, "encoders": ENCODERS_ROW, "tests": TESTS_ROW, "profile": PROFILE_ROW,
+    "kernel_report": ANY_ROW, "host_cost": ANY_ROW,
+}  # fmt: skip
 MORE = {  # what else the file of a kind holds
     "throughput": {
         "method": TEXT, "bytes": TEXT,
@@ -64,6 +97,7 @@ MORE = {  # what else the file of a kind holds
             "required": ["copy_gb_s", "read_gb_s", "float32_gflop_s"],
         },
     },
+    "encoders": {"note": TEXT},
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 import plots  # noqa: E402
 import results  # noqa: E402
+from arguments import add_run, on_gpu, positive  # noqa: E402
 from cases import SETTINGS, Case, measure  # noqa: E402
 from machine import machine  # noqa: E402
 from providers import BASELINES, PROVIDERS  # noqa: E402
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> dict:
     }  # fmt: skip
     result = {"machine": machine(device), "settings": settings, "method": METHOD, "bytes": BYTES, "rows": []}
     if options.resume and path.exists():
-        result["rows"] = resumed(results.read(path, "throughput"), result)
+        result["rows"] = results.resumed(path, "throughput", result)
     done = {(row["shape"], row["batch"], row["views"], row["dtype"]) for row in result["rows"]}
     cases = [case for case in cases_of(options) if tuple(case.fields().values()) not in done]
     print(f"{len(done)} cases done before, {len(cases)} to do", file=sys.stderr)
@@ -90,46 +91,23 @@ def run(options: argparse.Namespace) -> dict:
     return results.read(path, "throughput")
 
 
-def resumed(before: dict, now: dict) -> list[dict]:
-    """The rows of an earlier run, which must be one of the same code on the same device with the same settings."""
-    for name in ("device", "source_sha256", "torch", "threads"):
-        if before["machine"][name] != now["machine"][name]:
-            sys.exit(f"--resume: {name} was {before['machine'][name]}, now it is {now['machine'][name]}; "
-                     "name another --out")  # fmt: skip
-    for name, value in now["settings"].items():
-        if before["settings"][name] != value:
-            sys.exit(f"--resume: {name} was {before['settings'][name]}, now it is {value}; name another --out")
-    return before["rows"]
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two shapes, 8 views, little time each; under 3 minutes")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: all, and sweeps over batch and views")
-    parser.add_argument("--batch", nargs="+", type=_positive, help="default: 256 on a GPU, 8 on a CPU, and a sweep")
-    parser.add_argument("--views", nargs="+", type=_positive, help="default: 16, and a sweep")
+    parser.add_argument("--batch", nargs="+", type=positive, help="default: 256 on a GPU, 8 on a CPU, and a sweep")
+    parser.add_argument("--views", nargs="+", type=positive, help="default: 16, and a sweep")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="folder (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="keep the cases that an earlier run into --out finished")
+    add_run(parser, "runs/throughput")
     options = parser.parse_args(arguments)
-    gpu = torch.device(options.device).type == "cuda"
-    if gpu and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: PyTorch sees no CUDA GPU here")
+    gpu = on_gpu(parser, options.device)
     options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
     options.settings = [name for name in SETTINGS if gpu or name != "CUDA graph"]
-    options.seconds = 0.25 if options.quick else 1.0
+    options.seconds = 0.25 if options.quick else 0.5
     baselines = {BASELINES[PROVIDERS[name].work] for name in options.providers} | {"naive"}  # the ratios are to them
     options.providers = [name for name in PROVIDERS if name in {*options.providers, *baselines}]
     return options
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -168,6 +168,7 @@ def test_what_one_sample_holds_does_not_reach_another(value, device):
         assert not found[name][1].isfinite().all(), name
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the interpreter would take hours")
 @pytest.mark.parametrize("length", [3, 200])
 def test_more_samples_than_a_grid_axis_has_blocks(length, device):

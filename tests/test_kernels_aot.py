@@ -116,12 +116,12 @@ def test_every_kind_of_configuration_compiles_within_its_bound(capability):
 def test_kernel_report_has_a_row_for_every_configuration(tmp_path):
     script = os.path.join(os.path.dirname(__file__), "..", "benchmarks", "kernel_report.py")
     command = [sys.executable, script, "--arch", "80", "--dtypes", "bfloat16", "--widths", "384", "1280"]
-    command += ["--views", "16", "64", "--json", str(tmp_path / "report.json")]
+    command += ["--views", "16", "64", "--out", str(tmp_path)]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"}
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "kernel_report.json").read_text())["rows"]
     # Two widths: forward and backward at two numbers of views, the persistent forward at one; each also with a norm.
     assert len(rows) == 2 * (2 * 2 * 2 + 2) == done.stdout.count("sm_80")
     for row in rows:

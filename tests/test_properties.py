@@ -15,6 +15,11 @@ CASES = settings(
 )  # fmt: skip
 
 
+def kernel_cases(count: int) -> settings:
+    """Fewer on a GPU, where a case compiles kernels of its own, for seconds; no compiler is in the interpreter."""
+    return settings(CASES, max_examples=count // 8 if torch.cuda.is_available() else count)
+
+
 @st.composite
 def cases(draw, dtype):
     kinds = [draw(st.sampled_from(["plain", "lengths", "mask"]))]
@@ -52,13 +57,13 @@ def check(case, device, backend, dtype):
         assert error(found[name], exact[name]) <= allowed, (name, case)
 
 
-@CASES
+@kernel_cases(320)
 @given(cases(torch.float32))
 def test_kernels_in_float32(device, case):
     check(case, device, "triton", torch.float32)
 
 
-@settings(CASES, max_examples=100)
+@kernel_cases(100)
 @given(cases(torch.float16))
 def test_kernels_in_float16(device, case):
     check(case, device, "triton", torch.float16)
@@ -70,7 +75,7 @@ def test_portable_path_in_float32(device, case):
     check(case, device, "torch", torch.float32)
 
 
-@settings(CASES, max_examples=60)
+@kernel_cases(60)
 @given(
     cases(torch.float32),
     st.sampled_from(["expanded", "sliced", "transposed", "pooled only", "gram only"]),

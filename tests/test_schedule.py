@@ -88,7 +88,7 @@ def test_a_table_of_another_gpu_is_refused(tmp_path, monkeypatch):
         launch_table.row("forward", (9, 0), torch.float32, 64, 4, False)
 
 
-def test_tuner_writes_a_table_that_is_used_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_tuner_writes_a_table_that_is_used_and_goes_on_where_it_stopped(tmp_path, monkeypatch, device):
     import tune
 
     monkeypatch.setattr(tune, "LENGTH", 20)
@@ -108,7 +108,7 @@ def test_tuner_writes_a_table_that_is_used_and_goes_on_where_it_stopped(tmp_path
 
     monkeypatch.setenv("MVAM_LAUNCH_TABLE", str(path))
     tiles.forget()
-    tile = tiles.choose("forward", torch.empty(1, 5, 64), 4, None)
+    tile = tiles.choose("forward", torch.empty(1, 5, 64, device=device), 4, None)
     assert tile.num_warps == table["rows"][0]["num_warps"]
-    multi_view_pool(torch.randn(2, 5, 64), torch.randn(4, 64), backend="triton")
+    multi_view_pool(torch.randn(2, 5, 64, device=device), torch.randn(4, 64, device=device), backend="triton")
     tiles.forget()
