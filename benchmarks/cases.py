@@ -1,6 +1,7 @@
 """One case: every provider, in every mode and setting, on the same inputs, in turns."""
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,17 +59,10 @@ class Backward:
 
 
 def steps_of(op: Op, work: Work) -> dict[str, Callable]:
-    backward = Backward(op, work)
-
-    def forward():
-        with torch.no_grad():
-            return op(*work.leaves.values())
-
-    def both():
-        backward.before()
-        backward()
-
-    return {FORWARD: forward, BACKWARD: backward, BOTH: both}
+    """What is timed, by mode. Forward, and both, return their results by name."""
+    return {
+        FORWARD: lambda: outputs_of(op, work), BACKWARD: Backward(op, work), BOTH: lambda: results_of(op, work),
+    }  # fmt: skip
 
 
 def measure(
@@ -78,39 +72,45 @@ def measure(
     torch._dynamo.reset()  # what earlier cases compiled
     length, width = SHAPES[case.shape]
     given = works(case.batch, length, width, case.views, DTYPES[case.dtype], device)
-    candidates = []
+    clock, rows = Clock(device), []
     for setting in settings:
+        candidates = []  # of one setting at a time: each graph holds memory of its own
         for provider in providers:
-            if setting == "compiled model" and not PROVIDERS[provider].in_model:
-                continue
-            tick(f"{case.shape} {provider}, {setting}")
-            candidates.append(_candidate(provider, setting, given, case.views, device))
-    clock, before = Clock(device), clocks(device)
-    rows = []
-    for setting in settings:
+            if setting != "compiled model" or PROVIDERS[provider].in_model:
+                tick(f"{case.shape} {provider}, {setting}")
+                candidates.append(_candidate(provider, setting, given, case.views, device))
         for mode in SETTINGS[setting]:
             tick(f"{case.shape} {mode}, {setting}")
-            chosen = {c.provider: c for c in candidates if c.setting == setting and mode in c.steps}
-            steps = {name: candidate.steps[mode] for name, candidate in chosen.items()}
-            blocks = clock.interleaved_blocks_ms(steps, seconds=seconds)
-            for candidate in (c for c in candidates if c.setting == setting):
-                row = {
-                    **case.fields(), "provider": candidate.provider, "work": PROVIDERS[candidate.provider].work,
-                    "setting": setting, "mode": mode,
-                }  # fmt: skip
-                if mode in candidate.reasons:
-                    rows.append({**row, "reason": candidate.reasons[mode]})
-                    continue
-                row |= candidate.facts | _times(blocks[candidate.provider])
-                row |= _traffic(candidate.work, mode, row["median_ms"])
-                row["peak_extra_mb"] = candidate.memory[mode]
-                if setting == "eager" and device.type == "cuda" and mode != BACKWARD:
-                    row |= _times(clock.call_blocks_ms(steps[candidate.provider], seconds=seconds / 4), "call_")
-                rows.append(row)
-    found = clocks(device)
-    for row in rows:
-        row["clocks"] = {name: [before[name], found[name]] for name in before if name in found}
+            rows += _rows(case, setting, mode, candidates, clock, seconds)
     _add_ratios(rows)
+    return rows
+
+
+def _rows(
+    case: Case, setting: str, mode: str, candidates: list[Candidate], clock: Clock, seconds: float
+) -> list[dict]:
+    steps = {c.provider: c.steps[mode] for c in candidates if mode in c.steps}
+    before = clocks(clock.device)
+    blocks, failed = clock.interleaved_blocks_ms(steps, seconds=seconds)
+    calls: dict[str, list[list[float]]] = {}
+    if setting == "eager" and clock.device.type == "cuda" and mode != BACKWARD:
+        calls = {name: clock.call_blocks_ms(steps[name], seconds=seconds / 4) for name in blocks}
+    after = clocks(clock.device)
+    rows = []
+    for candidate in candidates:
+        name = candidate.provider
+        row = {
+            **case.fields(), "provider": name, "work": PROVIDERS[name].work, "setting": setting, "mode": mode,
+            "clocks": {clock: [before[clock], after[clock]] for clock in before if clock in after},
+        }  # fmt: skip
+        if name not in blocks:
+            rows.append({**row, "reason": _reason(failed[name]) if name in failed else candidate.reasons[mode]})
+            continue
+        row |= candidate.facts | _times(blocks[name])
+        row |= _traffic(candidate.work, mode, row["median_ms"])
+        row |= {"peak_extra_mb": candidate.memory[mode]} if mode in candidate.memory else {}
+        row |= _times(calls[name], "call_") if name in calls else {}
+        rows.append(row)
     return rows
 
 
@@ -120,13 +120,14 @@ def _candidate(provider: str, setting: str, given: dict[str, Work], views: int, 
     modes = SETTINGS[setting]
     began = time.perf_counter()
     try:
-        made = PROVIDERS[provider].make(given, views)
-        op, work = made.op, made.work
+        op, work, details = PROVIDERS[provider].make(given, views)
         if setting == "compiled model":
             op, work = torch.compile(around(op, work.name == "norm+pool"), dynamic=False), given["model"]
-        candidate.work = work
-        errors = check(outputs_of(op, work), work)
-        candidate.facts = {"details": made.details, "forward_errors": errors}
+        found = outputs_of(op, work)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        candidate.facts = {"details": details, "first_call_s": time.perf_counter() - began}
+        candidate.work, candidate.facts["forward_errors"] = work, check(found, work)
     except Exception as error:
         candidate.reasons = dict.fromkeys(modes, _reason(error))
         return candidate
@@ -136,17 +137,28 @@ def _candidate(provider: str, setting: str, given: dict[str, Work], views: int, 
         candidate.facts["saved_mb"] = saved_mb(lambda: op(*work.leaves.values()), tuple(work.leaves.values()))
     except Exception as error:  # it has a forward only
         candidate.reasons = {mode: _reason(error) for mode in modes if mode != FORWARD}
-    candidate.facts["first_result_s"] = time.perf_counter() - began
     for mode in modes:
         if mode in candidate.reasons:
             continue
         try:
-            step = steps[mode]
-            candidate.memory[mode] = peak_extra_mb(step, device)
-            candidate.steps[mode] = captured(step) if setting == "CUDA graph" else step
+            if setting == "CUDA graph":  # what it holds is its own pool, not what the eager step needs
+                candidate.steps[mode] = _replay(steps[mode], work)
+            else:
+                candidate.memory[mode] = peak_extra_mb(steps[mode], device)
+                candidate.steps[mode] = steps[mode]
         except Exception as error:
             candidate.reasons[mode] = _reason(error)
     return candidate
+
+
+def _replay(step: Callable, work: Work) -> Callable:
+    """`step` as a CUDA graph, whose replay has written every result anew, and rightly."""
+    replay, kept = captured(step)
+    for tensor in kept.values():
+        tensor.fill_(math.nan)
+    replay()
+    check(kept, work)
+    return replay
 
 
 def _reason(error: Exception) -> str:

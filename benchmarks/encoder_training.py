@@ -83,7 +83,8 @@ def measure(compared: Compared, batch: int, precision: str, seconds: float, tick
     tick(f"training {batch}: timing")
     before = clocks(device)
     steps = {name: lambda name=name: training.step(name) for name in found}
-    blocks = Clock(device).interleaved_blocks_ms(steps, seconds=seconds, rounds=ROUNDS)
+    blocks, failed = Clock(device).interleaved_blocks_ms(steps, seconds=seconds, rounds=ROUNDS)
+    reasons |= {name: reason(error) for name, error in failed.items()}
     after = clocks(device)
     rows = []
     for name in MODELS:
@@ -102,8 +103,9 @@ def measure(compared: Compared, batch: int, precision: str, seconds: float, tick
 
 def _candidate(training: Training, name: str, naive: dict | None) -> dict:
     """What the row of a model says besides its times; Wrong if the gate stops it."""
-    exact_loss, exact, _ = training.first(CLIP if name == CLIP else NAIVE, "float32")
+    training.optimizer.state.clear()  # each model's first step makes it
     loss, gradients, first_step_s = training.first(name, training.precision)
+    exact_loss, exact, _ = training.first(CLIP if name == CLIP else NAIVE, "float32")
     errors = {"loss": abs(loss - exact_loss) / abs(exact_loss), "gradients": _distance(gradients, exact)}
     del exact, gradients
     for what, error in errors.items():

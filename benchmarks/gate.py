@@ -36,7 +36,10 @@ def results_of(op: Op, work: Work) -> dict[str, Tensor]:
 
 
 def check(found: dict[str, Tensor], work: Work) -> dict[str, float]:
-    """The errors of `found`; Wrong if one is too large or not a number."""
+    """The errors of `found`: outputs alone, or all gradients too; Wrong if one is too large, no number, or missing."""
+    expected = work.d_outputs.keys() if found.keys() <= work.d_outputs.keys() else work.limits.keys()
+    if missing := sorted(expected - found.keys()):
+        raise Wrong(f"wrong: there is no {', '.join(missing)}")
     errors = errors_of(found, work)
     for name, error in errors.items():
         if not error <= work.limits[name]:
@@ -58,6 +61,8 @@ def errors_of(found: dict[str, Tensor], work: Work) -> dict[str, float]:
     off, size, sums = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0.0), {}
 
     def judge(name: str, value: Tensor, exact: Tensor) -> None:
+        if value.shape != exact.shape:
+            raise Wrong(f"wrong: {name} is {list(value.shape)}, must be {list(exact.shape)}")
         off[name] += float((value.detach().double() - exact).square().sum())
         size[name] += float(exact.square().sum())
 

@@ -5,9 +5,9 @@
 
 Stages, the most important first: `tests` (the kernels, not interpreted), `kernels`, `encoders`, `tune` (a launch table
 for this GPU), `profile` (Nsight Compute, where there is one). The interpreter needs PyTorch and triton of its own; the
-package and the wheels (open_clip, say) go into .venv-gpu/. Each stage writes its JSON into FOLDER as it goes; started
-again, the suite goes on where it stopped. Exit code: 1 if a stage or a test failed, 2 for a wrong argument, 3 without
-a GPU.
+package and the wheels (of what PACKAGES names and it lacks) go into .venv-gpu/. Each stage writes its JSON into FOLDER
+as it goes; started again, the suite goes on where it stopped. Exit code: 1 if a stage or a test failed, 2 for a wrong
+argument, 3 without a GPU.
 """
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ SHARES = {"tests": 38, "kernels": 27, "encoders": 17, "tune": 8, "profile": 10}
 KERNELS = {
     "shapes": ["vit-b-16", "vit-l-14-336", "text-512", "so400m-14-384"], "batch": [256], "views": [16],
     "providers": ["naive", "compile", "sdpa", "triton", "norm-naive", "norm-compile", "norm-triton"],
+}  # fmt: skip
+PACKAGES = {  # besides PyTorch and triton
+    "tests": ("pytest", "hypothesis"), "kernels": ("tqdm", "matplotlib"),
+    "encoders": ("open_clip", "safetensors", "tqdm", "matplotlib"), "tune": ("tqdm",), "profile": ("tqdm",),
 }  # fmt: skip
 WRONG_ARGUMENT, NO_GPU = 2, 3
 
@@ -86,12 +90,12 @@ def stages_of(options: argparse.Namespace) -> list:
         "profile": (script("ncu.py", *out), "profile.json"),
     }
     skip = {}
-    if importlib.util.find_spec("open_clip") is None:
-        skip["encoders"] = "open_clip is not installed; give its wheel by --wheels FOLDER"
+    for name, packages in PACKAGES.items():
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        if missing:
+            skip[name] = f"{', '.join(missing)} not installed; give the wheels by --wheels FOLDER"
     if shutil.which("ncu") is None:
         skip["profile"] = "ncu (Nsight Compute) is not on the PATH"
-    if importlib.util.find_spec("pytest") is None:
-        skip["tests"] = "pytest is not installed; give its wheel by --wheels FOLDER"
     sources = {"tests": source_sha256((*SOURCES, "tests"))}
     return [
         Stage(name, *commands[name], SHARES[name], sources.get(name) or source_sha256(), skip.get(name, ""))

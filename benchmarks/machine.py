@@ -99,8 +99,8 @@ def _packages() -> dict[str, str]:
 
 def _nvidia_smi(device: torch.device, fields: list[str]) -> dict[str, str]:
     """What nvidia-smi answers for each field; {} where there is none or it fails."""
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    uuid = torch.cuda.get_device_properties(device).uuid  # an index would be another GPU's under CUDA_VISIBLE_DEVICES
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -12,12 +12,16 @@ from tables import group_title, label
 from mvam_fast.files import atomic
 
 OURS, PLAIN, OTHER = "#0072b2", "#777777", "#e69f00"
-# One mark and one colour for each provider in every plot; ours are blue.
-MARKS = dict(zip(PROVIDERS, "osD^vPosvPDdX", strict=True))
-COLORS = dict(zip(PROVIDERS, (
-    "#000000", "#777777", "#009e73", "#cc79a7", "#56b4e9", "#0072b2", "#000000", "#777777", "#56b4e9", "#0072b2",
-    "#e69f00", "#d55e00", "#b8860b",
-), strict=True))  # fmt: skip
+# Marks and colours in plots of all providers; with a LayerNorm the same, and dashed.
+STYLES = {
+    "naive": ("o", "#000000"), "compile": ("s", "#777777"), "sdpa": ("D", "#009e73"), "flex": ("^", "#cc79a7"),
+    "torch": ("v", "#56b4e9"), "triton": ("P", OURS), "attentional-pooler": ("D", "#e69f00"),
+    "attention-pool-latent": ("d", "#d55e00"), "siglip-head": ("X", "#b8860b"),
+}  # fmt: skip
+
+
+def _style(provider: str) -> tuple[str, str]:
+    return STYLES.get(provider.removeprefix("norm-"), ("*", "#999999"))
 
 
 def draw(result: dict, folder: Path, stem: str) -> list[Path]:
@@ -112,9 +116,9 @@ def roofline(result: dict, timed: list[dict]) -> Figure | None:
     """Least arithmetic per second over least arithmetic per byte, below what this device was measured to reach."""
     rows = [r for r in timed if r["work"] == "pool" and r["setting"] == "eager" and r["mode"] != "backward"]
     dtypes = {row["dtype"] for row in rows}
-    if not rows or len(dtypes) > 1:
+    peak, read = (result["ceilings"].get(name) for name in (f"{'+'.join(dtypes)}_gflop_s", "read_gb_s"))
+    if not rows or peak is None:  # products are measured in the precisions that the device is meant for
         return None
-    peak, read = result["ceilings"][f"{dtypes.pop()}_gflop_s"], result["ceilings"]["read_gb_s"]
     figure = Figure(figsize=(10, 5), dpi=100, layout="constrained")
     axis = figure.subplots()
     intensities = [row["flops"] / row["bytes"] for row in rows]
@@ -127,10 +131,10 @@ def roofline(result: dict, timed: list[dict]) -> Figure | None:
         for mode, filled in (("forward", False), ("forward+backward", True)):
             chosen = [row for row in rows if (row["provider"], row["mode"]) == (provider, mode)]
             if chosen:
-                color = COLORS[provider]
+                mark, color = _style(provider)
                 axis.scatter(
                     [row["flops"] / row["bytes"] for row in chosen], [row["gflop_s"] for row in chosen], s=26,
-                    alpha=0.8, marker=MARKS[provider], edgecolors=color, facecolors=color if filled else "none",
+                    alpha=0.8, marker=mark, edgecolors=color, facecolors=color if filled else "none",
                     label=label(chosen[0]) if filled else None,
                 )  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte, least of both", ylabel="GFLOP/s")
@@ -156,10 +160,12 @@ def over_batch(result: dict, timed: list[dict]) -> Figure | None:
     for axis, (setting, mode) in zip(axes, panels, strict=False):
         of_panel = [row for row in rows if (row["setting"], row["mode"]) == (setting, mode)]
         for provider in dict.fromkeys(row["provider"] for row in of_panel):
+            mark, color = _style(provider)
             line = sorted((row for row in of_panel if row["provider"] == provider), key=lambda row: row["batch"])
             axis.plot(
                 [row["batch"] for row in line], [row["median_ms"] / row["batch"] for row in line], ms=4, lw=1,
-                marker=MARKS[provider], color=COLORS[provider], label=label(line[0]), alpha=0.8,
+                ls="--" if line[0]["work"] == "norm+pool" else "-", marker=mark, color=color, label=label(line[0]),
+                alpha=0.8,
             )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms per sample")
         axis.set_xticks(sorted({row["batch"] for row in of_panel}), minor=False)

@@ -59,20 +59,26 @@ def sdpa(tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sdpa(works: dict[str, Work], views: int) -> Made:
     tokens, codes = (works["pool"].leaves[name] for name in ("X", "C"))
-    chosen = torch._fused_sdp_choice(_queries(tokens, codes), tokens[:, None], tokens[:, None])
-    return Made(sdpa, works["pool"], f"SDPA runs {SDPBackend(chosen).name}")
+    given = _queries(tokens, codes), tokens[:, None], tokens[:, None]
+    training = SDPBackend(torch._fused_sdp_choice(*given)).name
+    with torch.no_grad():
+        inference = SDPBackend(torch._fused_sdp_choice(*given)).name
+    return Made(sdpa, works["pool"], f"SDPA runs {inference}" + f", in training {training}" * (training != inference))
 
 
 def _flex(works: dict[str, Work], views: int) -> Made:
-    """FlexAttention, which must be compiled to be itself, and a Gram matrix as beside SDPA."""
-    compiled = torch.compile(flex_attention, dynamic=False)
+    """FlexAttention, which must be compiled to be itself, and a Gram matrix as beside SDPA, compiled with it."""
+
+    @torch.compile(dynamic=False)
+    def compiled(tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = flex_attention(_queries(tokens, codes), tokens[:, None], tokens[:, None])[:, 0]
+        attention = reference.view_attention(tokens, codes)
+        return pooled, attention @ attention.mT
 
     def flex(tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled():  # on a CPU it refuses tensors that require a gradient even then
             tokens, codes = tokens.detach(), codes.detach()
-        pooled = compiled(_queries(tokens, codes), tokens[:, None], tokens[:, None])[:, 0]
-        attention = reference.view_attention(tokens, codes)
-        return pooled, attention @ attention.mT
+        return compiled(tokens, codes)
 
     return Made(flex, works["pool"])
 
@@ -129,8 +135,8 @@ def siglip_head(width: int, views: int) -> nn.Module:
     from transformers import SiglipVisionConfig
     from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
-    heads = 16 if width == 1152 else width // 64  # as the models of this width have
-    config = SiglipVisionConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width)
+    heads, inner = (16, 4304) if width == 1152 else (width // 64, 4 * width)  # as the models of this width have
+    config = SiglipVisionConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=inner)
     return SiglipMultiheadAttentionPoolingHead(config)
 
 

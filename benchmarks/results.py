@@ -17,7 +17,8 @@ from timing import summary
 from mvam_fast.files import read_json, write_text
 
 FORMAT = 1
-SAME = ("device", "source_sha256", "torch", "threads")  # the facts that a run which is gone on with must share
+# The facts that a run which is gone on with must share.
+SAME = ("device", "driver", "source_sha256", "torch", "packages", "threads")
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -55,9 +56,9 @@ def resumed(path: Path, kind: str, now: dict) -> list[dict]:
     before = read(path, kind)
     for part, names in (("machine", SAME), ("settings", now["settings"])):
         for name in names:
-            if before[part].get(name) != now[part][name]:
-                sys.exit(f"--resume: {name} was {before[part].get(name)}, now it is {now[part][name]}; "
-                         "name another --out")  # fmt: skip
+            earlier, present = before[part].get(name), now[part].get(name)
+            if earlier != present:
+                sys.exit(f"--resume: {name} was {earlier}, now it is {present}; name another --out")
     return before["rows"]
 
 

@@ -43,12 +43,13 @@ THROUGHPUT_ROW = {
         _object({**CASE, "reason": TEXT | {"minLength": 1}}),
         _object(
             {
-                **CASE, **STATISTICS_FIELDS, "details": TEXT, "forward_errors": ERRORS, "first_result_s": TIME,
-                "bytes": WHOLE, "gb_s": TIME, "percent_of_copy": TIME, "percent_of_read": TIME,
-                "peak_extra_mb": NUMBER, "ratio": TIME, "ratio_of_minima": TIME,
+                **CASE, **STATISTICS_FIELDS, "details": TEXT, "forward_errors": ERRORS, "first_call_s": TIME,
+                "bytes": WHOLE, "gb_s": TIME, "copy_gb_s": TIME, "percent_of_copy": TIME, "read_gb_s": TIME,
+                "percent_of_read": TIME, "ratio": TIME, "ratio_of_minima": TIME,
             },
             {
-                "errors": ERRORS, "saved_mb": NUMBER, "flops": WHOLE, "gflop_s": TIME, "ours_ratio": TIME,
+                "errors": ERRORS, "peak_extra_mb": NUMBER, "saved_mb": NUMBER, "flops": WHOLE, "gflop_s": TIME,
+                "ours_ratio": TIME,
                 **{f"call_{name}": value for name, value in STATISTICS_FIELDS.items()},
             },
         ),
@@ -91,7 +92,7 @@ ROWS = {
 }  # fmt: skip
 MORE = {  # what else the file of a kind holds
     "throughput": {
-        "method": TEXT, "bytes": TEXT,
+        "method": TEXT, "bytes": TEXT, "cases": {"type": "array", "items": {"type": "array"}},
         "ceilings": {
             "type": "object", "additionalProperties": TIME,
             "required": ["copy_gb_s", "read_gb_s", "float32_gflop_s"],

@@ -62,7 +62,10 @@ def throughput(result: dict) -> str:
     return "\n".join(parts)
 
 
-HEADS = ("median ms", "20–80 %", "naive ÷ it", "it ÷ ours", "GB/s", "% of copy", "% of read", "peak MB", "kept MB")
+HEADS = (
+    "median ms", "20–80 %", "naive ÷ it", "it ÷ ours", "GB/s", "% of copy", "% of read", "peak MB", "kept MB",
+    "call ms",
+)  # fmt: skip
 
 
 def _case(title: str, rows: list[dict]) -> str:
@@ -85,7 +88,7 @@ def _cells(row: dict) -> list[str]:
         f"**{name}**" if PROVIDERS[row["provider"]].ours else name, number(row["median_ms"]),
         _spread(row), _ratio(row, "ratio"), _ratio(row, "ours_ratio"),
         number(row["gb_s"]), number(row["percent_of_copy"]), number(row["percent_of_read"]),
-        number(row["peak_extra_mb"]), number(row["saved_mb"]) if "saved_mb" in row else "",
+        *(number(row[name]) if name in row else "" for name in ("peak_extra_mb", "saved_mb", "call_median_ms")),
     ]  # fmt: skip
 
 

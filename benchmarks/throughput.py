@@ -28,13 +28,15 @@ from tables import throughput_table  # noqa: E402
 from timing import ceilings  # noqa: E402
 
 BYTES = (
-    "bytes: forward reads the inputs (X, C; with a LayerNorm γ, β) and writes P, G; backward reads the inputs, dP, dG "
-    "and writes the inputs' gradients; forward+backward is their sum. Each once: the least that any version must move."
+    "bytes: forward reads the row's inputs (X, C; with a LayerNorm γ, β; in a model W; a pooler's parameters) and "
+    "writes its outputs; backward reads the inputs and the outputs' gradients and writes the inputs' gradients; "
+    "forward+backward is their sum. Each once: what must be moved where no cache holds it."
 )
 METHOD = (
     "Providers take turns in five blocks, two repetitions of each for warm-up; last-level cache cold (a buffer of "
     "twice its size is read before each repetition); backward alone is timed after an untimed forward. GPU times are "
-    "between events; call_ms is the wall clock of call and synchronisation with warm caches."
+    "between events, the launches of a short step already made; call_ms is the wall clock of call and synchronisation "
+    "with warm caches. first_call_s holds compilation, with what the compiler had cached."
 )
 SWEEP_SHAPE = "vit-b-16"
 
@@ -53,7 +55,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
         for number in options.views or views
     ]
     if not (options.quick or options.shapes or options.batch or options.views):
-        sweep = (1, 4, 16, 64, 256, 1024, 4096) if gpu else (1, 4, 16, 32)
+        sweep = (1, 4, 16, 32, 64, 256, 1024, 4096) if gpu else (1, 4, 16, 32)
         found += [Case(SWEEP_SHAPE, batch, 16, options.dtype) for batch in sweep]
         found += [Case(SWEEP_SHAPE, found[0].batch, number, options.dtype) for number in (1, 8, 16, 32)]
     return list(dict.fromkeys(found))
@@ -68,26 +70,34 @@ def run(options: argparse.Namespace) -> dict:
         "providers": options.providers, "settings": options.settings,
     }  # fmt: skip
     result = {"machine": machine(device), "settings": settings, "method": METHOD, "bytes": BYTES, "rows": []}
+    earlier: list[tuple] = []
     if options.resume and path.exists():
         result["rows"] = results.resumed(path, "throughput", result)
+        earlier = [tuple(case) for case in results.read(path)["cases"]]
+    # An earlier run's cases, done or not, are this one's too: a file is complete when all of them are done.
+    asked = [tuple(case.fields().values()) for case in cases_of(options)]
+    result["cases"] = list(dict.fromkeys([*earlier, *asked]))
     done = {(row["shape"], row["batch"], row["views"], row["dtype"]) for row in result["rows"]}
-    cases = [case for case in cases_of(options) if tuple(case.fields().values()) not in done]
+    cases = [Case(*case) for case in asked if case not in done]
     print(f"{len(done)} cases done before, {len(cases)} to do", file=sys.stderr)
+    if not cases:
+        return results.read(path, "throughput")
     result["ceilings"] = ceilings(device)
     with tqdm(total=len(cases), unit="case", file=sys.stderr) as bar:
-        for index, case in enumerate(cases):
+        for case in cases:
             # Compiling a model per provider takes longest: a quick run does it for one case.
-            chosen = [s for s in options.settings if not (options.quick and index and s == "compiled model")]
+            first = tuple(case.fields().values()) == asked[0]
+            chosen = [s for s in options.settings if first or not options.quick or s != "compiled model"]
             rows = measure(case, options.providers, chosen, device, options.seconds, bar.set_description)
             for row in rows:
                 if "gb_s" in row:
-                    row["percent_of_copy"] = 100 * row["gb_s"] / result["ceilings"]["copy_gb_s"]
-                    row["percent_of_read"] = 100 * row["gb_s"] / result["ceilings"]["read_gb_s"]
+                    for name in ("copy", "read"):  # in the row: a resumed run has measured other ceilings before
+                        row[f"{name}_gb_s"] = result["ceilings"][f"{name}_gb_s"]
+                        row[f"percent_of_{name}"] = 100 * row["gb_s"] / row[f"{name}_gb_s"]
             result["rows"] += rows
             bar.update()
-            results.write(path, "throughput", {**result, "complete": index + 1 == len(cases)})
-    if not cases:
-        results.write(path, "throughput", {**result, "complete": True})
+            done.add(tuple(case.fields().values()))
+            results.write(path, "throughput", {**result, "complete": done >= set(result["cases"])})
     return results.read(path, "throughput")
 
 

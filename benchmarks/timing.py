@@ -11,6 +11,7 @@ from machine import cache_bytes
 from torch.profiler import ProfilerActivity, profile
 
 Step = Callable[[], object]
+HEAD_START = 2_000_000  # clock cycles that the GPU waits while the host launches: about a millisecond
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports a missing GPU as an error, once per process
 
 
@@ -22,9 +23,9 @@ class Clock:
     """Times single repetitions, each with a cold last-level cache.
 
     Before each, a buffer of twice the cache's size is *read*: overwriting it would leave dirty lines that the step
-    then pays to write back. GPU times are between events on the stream, so that a step shorter than its own launch
-    shows what the device does; what the host needs is in `call_blocks_ms`. A step may have a method `before`, which
-    runs ahead of each repetition and is not timed.
+    then pays to write back. GPU times are between events on the stream, which is kept busy until the host has launched
+    all of a short step: they show what the device does; what the host needs is in `call_blocks_ms`. A step may have a
+    method `before`, which runs ahead of each repetition and is not timed.
     """
 
     def __init__(self, device: torch.device):
@@ -39,6 +40,7 @@ class Clock:
             step()
             return round(1000 * (time.perf_counter() - start), 6)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HEAD_START)
         start.record()
         step()
         end.record()
@@ -56,19 +58,26 @@ class Clock:
         return found
 
     def interleaved_blocks_ms(
-        self, steps: dict[str, Step], *, seconds: float, rounds: int = 5, tick: Callable[[], object] = _nothing
-    ) -> dict[str, list[list[float]]]:
+        self, steps: dict[str, Step], *, seconds: float, rounds: int = 5
+    ) -> tuple[dict[str, list[list[float]]], dict[str, Exception]]:
         """`rounds` blocks of each step, in turns: what else the machine does meanwhile meets all of them alike.
 
+        The second result has the steps that failed; the others are timed all the same.
+
         In blocks, not one by one: after another step has freed its memory, the first repetitions pay for page faults.
-        `seconds` is for each step, over all rounds; `tick` is called after each block.
+        `seconds` is for each step, over all rounds.
         """
         found: dict[str, list[list[float]]] = {name: [] for name in steps}
+        failed: dict[str, Exception] = {}
         for _ in range(rounds):
             for name, step in steps.items():
-                found[name].append(self.block_ms(step, seconds=seconds / rounds))
-                tick()
-        return found
+                if name in failed:
+                    continue
+                try:
+                    found[name].append(self.block_ms(step, seconds=seconds / rounds))
+                except Exception as error:
+                    failed[name] = error
+        return {name: blocks for name, blocks in found.items() if name not in failed}, failed
 
     def call_blocks_ms(self, step: Step, *, seconds: float, rounds: int = 5) -> list[list[float]]:
         """What a caller waits for: wall clock of step and synchronisation, caches as the last call left them."""
@@ -95,8 +104,9 @@ def summary(repetitions: list[float]) -> dict[str, float]:
     return {"median_ms": middle, "p20_ms": fifths[0], "p80_ms": fifths[3], "min_ms": least}
 
 
-def captured(step: Step) -> Step:
-    """The replay of `step` as a CUDA graph, captured after three warm-up runs on a stream of its own."""
+def captured(step: Step) -> tuple[Step, object]:
+    """The replay of `step` as a CUDA graph, captured after three warm-up runs on a stream of its own; and what `step`
+    returned while it was captured, which every replay fills anew."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -106,8 +116,8 @@ def captured(step: Step) -> Step:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        graph.kept = step()  # its tensors lie in the graph's memory pool, and live as long as it
-    return graph.replay
+        kept = step()
+    return graph.replay, kept
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -47,7 +47,7 @@ def choose(tokens: Tensor, codes: Tensor, keys: Tensor | None, backend: str, *, 
     """The path for these inputs. A wish for "triton" that cannot be met is an error; "auto" then says why it is not."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if _exporting() or torch.jit.is_tracing():
         return Path("reference", "reference", "a graph is being exported: plain operators only")
     source = "the backend argument"
     if backend == "auto":
@@ -65,6 +65,12 @@ def choose(tokens: Tensor, codes: Tensor, keys: Tensor | None, backend: str, *, 
     if not torch.compiler.is_compiling():
         _state.path = path
     return path
+
+
+@_constant_when_traced
+def _exporting() -> bool:
+    """Asked of Python: inside a traced function Dynamo takes torch.compiler.is_exporting() for True, always."""
+    return torch.compiler.is_exporting()
 
 
 @_constant_when_traced

@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 import torch
 from op_cases import Case, error, inputs, results, rounding_of_logits
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import mvam_fast
 from mvam_fast import dispatch, portable, reference
@@ -338,6 +340,40 @@ def test_compiles_without_graph_breaks(kind, device):
     expected = torch.autograd.grad(step(*leaves), leaves)
     compiled = torch.compile(step, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), expected)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_kernels_are_in_the_graphs_that_are_compiled_and_not_in_those_exported(norm, device):
+    """Equal values would not show it: the reference has them too."""
+    torch._dynamo.reset()
+    given = inputs(Case(3, 18, 64, 4, kind="norm" if norm else "plain"), device)
+    weights = {"norm_weight": given.get("norm_weight"), "norm_bias": given.get("norm_bias")}
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    class Pool(torch.nn.Module):
+        def forward(self, tokens, codes):
+            return multi_view_pool(tokens, codes, backend="triton", **weights)
+
+    def operators(graph):
+        return {str(node.target) for node in graph.nodes if "mvam" in str(node.target)}
+
+    leaves = given["tokens"].requires_grad_(), given["codes"].requires_grad_()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, inference_compiler=keep)
+    compiled = torch.compile(Pool(), backend=backend, fullgraph=True)
+    pooled, gram = compiled(*leaves)
+    (pooled.sum() + gram.sum()).backward()
+    with torch.no_grad():
+        compiled(*leaves)
+    name = "mvam.norm_pool" if norm else "mvam.pool"
+    expected = [{f"{name}_forward.default"}, {f"{name}_backward.default"}, {f"{name}_forward.default"}]
+    assert [operators(graph.graph) for graph in graphs] == expected
+    for strict in (False, True):
+        program = torch.export.export(Pool(), tuple(leaf.detach() for leaf in leaves), strict=strict)
+        assert not operators(program.graph) and len(program.graph.nodes) > 5
 
 
 def test_autocast(device):
