@@ -8,7 +8,7 @@ INFERENCE = (
     ("precision", 10),
 )  # fmt: skip
 TRAINING = (
-    ("per s", 10), ("step ms", 10), ("20-80 %", 17), ("x CLIP", 8), ("first s", 9), ("peak MB", 10), ("saved MB", 10),
+    ("per s", 10), ("step ms", 10), ("20-80 %", 20), ("x CLIP", 8), ("first s", 9), ("peak MB", 10), ("saved MB", 10),
     ("loss", 9), ("off by", 9), ("precision", 10),
 )  # fmt: skip
 

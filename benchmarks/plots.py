@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from providers import PROVIDERS
+from shapes import SHAPES
 from tables import group_title, label
 
 from mvam_fast.files import atomic
@@ -52,11 +53,12 @@ def _color(row: dict) -> str:
     return OTHER if row["work"] == "own" else PLAIN
 
 
-def _first_case(timed: list[dict]) -> list[dict]:
-    """The case with most rows, the first of those: the one that was measured most fully."""
-    titles = [group_title(row) for row in timed]
-    chosen = max(dict.fromkeys(titles), key=titles.count)
-    return [row for row in timed if group_title(row) == chosen]
+def _fullest_case(timed: list[dict]) -> list[dict]:
+    """The case that was measured most fully, the largest of several."""
+    cases: dict[str, list[dict]] = {}
+    for row in timed:
+        cases.setdefault(group_title(row), []).append(row)
+    return max(cases.values(), key=lambda rows: (len(rows), rows[0]["bytes"]))
 
 
 def _dots(axis, rows: list[dict], value: Callable[[dict], float], text: Callable[[dict], str]) -> None:
@@ -88,7 +90,7 @@ def _panels(panels: list[tuple[str, list[dict]]], title: str, xlabel: str, value
 
 def times(result: dict, timed: list[dict]) -> Figure:
     """The median times of the case that was measured most fully."""
-    rows = _first_case(timed)
+    rows = _fullest_case(timed)
     panels: dict[str, list[dict]] = {}
     for row in rows:
         panels.setdefault(f"{row['mode']}, {row['setting']}", []).append(row)
@@ -104,7 +106,7 @@ def memory(result: dict, timed: list[dict]) -> Figure | None:
     rows = [row for row in timed if row["mode"] == "forward+backward" and row["setting"] == "eager"]
     if not rows:
         return None
-    rows = _first_case(rows)
+    rows = _fullest_case(rows)
     title = f"{group_title(rows[0])}\npeak memory of forward + backward beyond the inputs, the gradients included"
     return _panels(
         [("", rows)], title, "MB (log)", lambda row: row["peak_extra_mb"],
@@ -149,7 +151,7 @@ def over_batch(result: dict, timed: list[dict]) -> Figure | None:
     shapes: dict[tuple, set[int]] = {}
     for row in timed:
         shapes.setdefault((row["shape"], row["views"]), set()).add(row["batch"])
-    chosen = max(shapes, key=lambda key: len(shapes[key]))
+    chosen = max(shapes, key=lambda key: (len(shapes[key]), *SHAPES[key[0]]))
     if len(shapes[chosen]) < 2:
         return None
     rows = [row for row in timed if (row["shape"], row["views"]) == chosen]
@@ -172,10 +174,10 @@ def over_batch(result: dict, timed: list[dict]) -> Figure | None:
         axis.set_xticks([], minor=True)
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.set_title(f"{mode}, {setting}", fontsize=9, loc="left")
-        axis.legend(fontsize=6, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     return figure
 
 

@@ -67,18 +67,22 @@ def _sdpa(works: dict[str, Work], views: int) -> Made:
 
 
 def _flex(works: dict[str, Work], views: int) -> Made:
-    """FlexAttention, which must be compiled to be itself, and a Gram matrix as beside SDPA, compiled with it."""
+    """FlexAttention, which must be compiled to be itself, and a Gram matrix as beside SDPA, compiled too.
+
+    Not in one graph: there keys and values are one buffer, which it refuses on a CPU.
+    """
+    attend = torch.compile(flex_attention, dynamic=False)
 
     @torch.compile(dynamic=False)
-    def compiled(tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = flex_attention(_queries(tokens, codes), tokens[:, None], tokens[:, None])[:, 0]
+    def gram(tokens: Tensor, codes: Tensor) -> Tensor:
         attention = reference.view_attention(tokens, codes)
-        return pooled, attention @ attention.mT
+        return attention @ attention.mT
 
     def flex(tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.is_grad_enabled():  # on a CPU it refuses tensors that require a gradient even then
             tokens, codes = tokens.detach(), codes.detach()
-        return compiled(tokens, codes)
+        pooled = attend(_queries(tokens, codes), tokens[:, None], tokens[:, None])[:, 0]
+        return pooled, gram(tokens, codes)
 
     return Made(flex, works["pool"])
 

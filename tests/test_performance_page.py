@@ -70,7 +70,7 @@ def test_only_complete_results_count_and_the_newest_wins(folder):
 def test_gpu_results_are_pending_until_there_are_some(folder):
     if any(kind == "cuda" for _, kind in report.newest(folder)):
         pytest.skip("there are some")
-    assert "Pending: no complete result of a CUDA GPU" in report.page(folder, {})
+    assert "Pending: no complete throughput result of a CUDA GPU" in report.page(folder, {})
     path, content = newest(folder)
     machine = {**content["machine"], "kind": "cuda", "driver": "1.2", "device": "A GPU"}
     results.write(path, "throughput", {**content, "machine": machine})
