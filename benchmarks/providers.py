@@ -29,13 +29,15 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Provider:
-    """`make(works, views)` builds it; `work` names what it does; `in_model`: also timed inside a compiled model."""
+    """`make(works, views)` builds it; `work` names what it does; `in_model`: also timed inside a compiled model;
+    `compiles`: its first call takes seconds, whatever the shape."""
 
     label: str
     work: str
     make: Callable[[dict[str, Work], int], Made]
     in_model: bool = False
     ours: bool = False
+    compiles: bool = False
 
 
 def _plain(op: Op, work: str = "pool") -> Callable:
@@ -147,13 +149,15 @@ def siglip_head(width: int, views: int) -> nn.Module:
 # "naive" does what the specification says under autograd: ratios are to it.
 PROVIDERS: dict[str, Provider] = {
     "naive": Provider("PyTorch", "pool", _plain(reference.multi_view_pool), in_model=True),
-    "compile": Provider("PyTorch, compiled", "pool", _compiled(reference.multi_view_pool)),
+    "compile": Provider("PyTorch, compiled", "pool", _compiled(reference.multi_view_pool), compiles=True),
     "sdpa": Provider("SDPA + Gram", "pool", _sdpa, in_model=True),
-    "flex": Provider("FlexAttention + Gram", "pool", _flex),
+    "flex": Provider("FlexAttention + Gram", "pool", _flex, compiles=True),
     "torch": Provider("mvam_fast, torch path", "pool", _ours("torch"), in_model=True, ours=True),
     "triton": Provider("mvam_fast, Triton", "pool", _ours("triton"), in_model=True, ours=True),
     "norm-naive": Provider("LayerNorm + PyTorch", "norm+pool", _plain(normed_pool, "norm+pool")),
-    "norm-compile": Provider("LayerNorm + PyTorch, compiled", "norm+pool", _compiled(normed_pool, "norm+pool")),
+    "norm-compile": Provider(
+        "LayerNorm + PyTorch, compiled", "norm+pool", _compiled(normed_pool, "norm+pool"), compiles=True
+    ),
     "norm-torch": Provider("mvam_fast with LayerNorm, torch path", "norm+pool", _ours("torch", "norm+pool"), ours=True),
     "norm-triton": Provider(
         "mvam_fast with LayerNorm, Triton", "norm+pool", _ours("triton", "norm+pool"), in_model=True, ours=True

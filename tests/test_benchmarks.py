@@ -176,6 +176,14 @@ def test_a_run_writes_rows_reasons_and_plots(tmp_path, monkeypatch, capsys, tiny
     assert "On a CPU" in printed and "open_clip AttentionalPooler *" in printed and "wrong: G is off" in printed
 
 
+def test_a_quick_run_compiles_in_its_first_case_only(tmp_path, monkeypatch, tiny):
+    asked = []
+    monkeypatch.setattr(throughput, "measure", lambda case, *given: asked.append(given[:2]) or [])
+    run(tmp_path, "--batch", "2", "4", "--providers", "naive", "compile", "flex", "torch")
+    assert asked[0] == (["naive", "compile", "flex", "torch"], ["eager", "compiled model"])
+    assert asked[1] == (["naive", "torch"], ["eager"])
+
+
 def test_the_op_is_timed_inside_a_compiled_model(tiny):
     case = cases.Case("vit-b-32", 2, 3, "float32")
     rows = cases.measure(case, ["naive", "torch", "norm-naive"], ["compiled model"], CPU, 0.0, lambda text: None)
