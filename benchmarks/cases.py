@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from gate import Wrong, check, outputs_of, results_of
-from machine import clocks
-from providers import BASELINES, PROVIDERS, Unavailable
+from gate import check, outputs_of, reason, results_of
+from machine import clocks, clocks_between
+from providers import BASELINES, PROVIDERS
 from shapes import DTYPES, SHAPES
 from timing import Clock, captured, peak_extra_mb, saved_mb, summary
 from work import Op, Work, around, works
@@ -35,7 +35,6 @@ class Candidate:
     """A provider in one setting: its steps by mode, or why a mode has none, and what its rows say besides times."""
 
     provider: str
-    setting: str
     work: Work | None = None
     steps: dict[str, Callable] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -101,10 +100,10 @@ def _rows(
         name = candidate.provider
         row = {
             **case.fields(), "provider": name, "work": PROVIDERS[name].work, "setting": setting, "mode": mode,
-            "clocks": {clock: [before[clock], after[clock]] for clock in before if clock in after},
+            "clocks": clocks_between(before, after),
         }  # fmt: skip
         if name not in blocks:
-            rows.append({**row, "reason": _reason(failed[name]) if name in failed else candidate.reasons[mode]})
+            rows.append({**row, "reason": reason(failed[name]) if name in failed else candidate.reasons[mode]})
             continue
         row |= candidate.facts | _times(blocks[name])
         row |= _traffic(candidate.work, mode, row["median_ms"])
@@ -116,7 +115,7 @@ def _rows(
 
 def _candidate(provider: str, setting: str, given: dict[str, Work], views: int, device: torch.device) -> Candidate:
     """Made ready and let through the gate; whatever a peer does, the others are still timed."""
-    candidate = Candidate(provider, setting)
+    candidate = Candidate(provider)
     modes = SETTINGS[setting]
     began = time.perf_counter()
     try:
@@ -129,14 +128,14 @@ def _candidate(provider: str, setting: str, given: dict[str, Work], views: int, 
         candidate.facts = {"details": details, "first_call_s": time.perf_counter() - began}
         candidate.work, candidate.facts["forward_errors"] = work, check(found, work)
     except Exception as error:
-        candidate.reasons = dict.fromkeys(modes, _reason(error))
+        candidate.reasons = dict.fromkeys(modes, reason(error))
         return candidate
     steps = steps_of(op, work)
     try:
         candidate.facts["errors"] = check(results_of(op, work), work)
         candidate.facts["saved_mb"] = saved_mb(lambda: op(*work.leaves.values()), tuple(work.leaves.values()))
     except Exception as error:  # it has a forward only
-        candidate.reasons = {mode: _reason(error) for mode in modes if mode != FORWARD}
+        candidate.reasons = {mode: reason(error) for mode in modes if mode != FORWARD}
     for mode in modes:
         if mode in candidate.reasons:
             continue
@@ -147,7 +146,7 @@ def _candidate(provider: str, setting: str, given: dict[str, Work], views: int, 
                 candidate.memory[mode] = peak_extra_mb(steps[mode], device)
                 candidate.steps[mode] = steps[mode]
         except Exception as error:
-            candidate.reasons[mode] = _reason(error)
+            candidate.reasons[mode] = reason(error)
     return candidate
 
 
@@ -159,13 +158,6 @@ def _replay(step: Callable, work: Work) -> Callable:
     replay()
     check(kept, work)
     return replay
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
-    text = str(error) if isinstance(error, (Unavailable, Wrong)) else f"{type(error).__name__}: {error}"
-    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _times(blocks: list[list[float]], prefix: str = "") -> dict:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from encoder_models import CLIP, FUSED, MODELS, Bundles, Compared, encode
-from gate import Wrong
-from machine import clocks
+from gate import Wrong, reason
+from machine import clocks, clocks_between
 from timing import Clock, Step, summary
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
@@ -119,7 +119,7 @@ def measure(
         times = [time for block in found for time in block]
         row |= candidate.facts | {"blocks_ms": found, **summary(times), **tail(times), "repetitions": len(times)}
         row["per_s"] = 1000 * batch / row["median_ms"]
-        row["clocks"] = {name: [before[name], after[name]] for name in before if name in after}
+        row["clocks"] = clocks_between(before, after)
         rows.append(row)
     return beside_clip(rows)
 
@@ -193,14 +193,6 @@ def tail(times: list[float]) -> dict[str, float]:
     if len(times) < P99_NEEDS:
         return {"max_ms": max(times)}
     return {"p99_ms": statistics.quantiles(times, n=100, method="inclusive")[98]}
-
-
-def reason(error: Exception) -> str:
-    """One line that says why there is no number."""
-    if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
-    text = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"
-    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _path() -> str:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from encoder_cases import beside_clip, reason
+from encoder_cases import beside_clip
 from encoder_models import CLIP, FUSED, MODELS, NAIVE, Compared
-from gate import Wrong
-from machine import clocks
+from gate import Wrong, reason
+from machine import clocks, clocks_between
 from timing import Clock, peak_extra_mb, saved_mb, summary
 from torch import Tensor
 
@@ -94,7 +94,7 @@ def measure(compared: Compared, batch: int, precision: str, seconds: float, tick
             continue
         row |= found[name] | {"blocks_ms": blocks[name], **summary([t for block in blocks[name] for t in block])}
         row |= {"repetitions": sum(map(len, blocks[name])), "per_s": 1000 * batch / row["median_ms"]}
-        row["clocks"] = {clock: [before[clock], after[clock]] for clock in before if clock in after}
+        row["clocks"] = clocks_between(before, after)
         rows.append(row)
     for model in compared.trained.values():
         model.eval()

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> dict:
     settings["train_dtype"] = "bfloat16" if device.type == "cuda" else "float32"
     result = {"machine": about, "settings": settings, "note": NOTE, "rows": []}
     if options.resume and path.exists():
-        result["rows"] = results.resumed(path, "encoders", result)
+        result["rows"] = results.resumed(path, "encoders", result)["rows"]
     compared = Compared(options.model, options.views, device, DTYPES[options.dtype])
     bundles = Bundles(options.out / "bundles", compared, resume=options.resume)
     done = {(row["work"], row.get("backend"), row.get("tower"), row["batch"]) for row in result["rows"]}

@@ -24,6 +24,18 @@ class Wrong(Exception):
     """A result is not what it should be; the message names it."""
 
 
+class Unavailable(Exception):
+    """A provider cannot run here; the message is the reason shown in its rows."""
+
+
+def reason(error: Exception) -> str:
+    """One line that says why there is no number."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    text = str(error) if isinstance(error, (Unavailable, Wrong)) else f"{type(error).__name__}: {error}"
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def outputs_of(op: Op, work: Work) -> dict[str, Tensor]:
     """The outputs by name, computed as inference does: the op may take another path than in training."""
     with torch.no_grad():

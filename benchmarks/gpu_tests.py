@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> dict:
     result = {"machine": about, "settings": {"files": [Path(file).name for file in options.files]}}
     rows = []
     if options.resume and path.exists():
-        rows = results.resumed(path, "tests", result)
+        rows = results.resumed(path, "tests", result)["rows"]
     before = {row["test"]: row for row in rows if row["outcome"] in ("passed", "skipped")}  # failed ones: once more
     logs = options.out / "logs"
     logs.mkdir(parents=True, exist_ok=True)

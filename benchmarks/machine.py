@@ -53,6 +53,11 @@ def clocks(device: torch.device) -> dict[str, float]:
     return {"cpu_mhz": sum(rates) / len(rates)} if rates else {}
 
 
+def clocks_between(before: dict[str, float], after: dict[str, float]) -> dict[str, list[float]]:
+    """What `clocks` told before and after a measurement, side by side."""
+    return {name: [before[name], after[name]] for name in before if name in after}
+
+
 def cache_bytes(device: torch.device) -> int:
     """The last-level cache: L2 of a GPU, L3 of a CPU (32 MiB where the system does not tell)."""
     if device.type == "cuda":

@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = options.out / "profile.json"
     result = {"machine": machine(torch.device("cuda")), "settings": {"metrics": list(METRICS)}, "rows": []}
     if options.resume and path.exists():
-        result["rows"] = results.resumed(path, "profile", result)
+        result["rows"] = results.resumed(path, "profile", result)["rows"]
     done = {(row["shape"], *(("--norm",) if row["norm"] else ())) for row in result["rows"]}
     for case in tqdm([case for case in CASES if case not in done], unit="case", file=sys.stderr):
         try:

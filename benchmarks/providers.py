@@ -7,16 +7,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from gate import Unavailable
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 from work import Op, Work, normed_pool, own_op, own_work
 
 from mvam_fast import last_backend, multi_view_pool, reference
-
-
-class Unavailable(Exception):
-    """This provider cannot run here; the message is the reason shown in its rows."""
 
 
 class Made(NamedTuple):

@@ -51,15 +51,15 @@ def read(path: Path, kind: str | None = None) -> dict:
     return result
 
 
-def resumed(path: Path, kind: str, now: dict) -> list[dict]:
-    """The rows of an earlier run that `now` (machine, settings) goes on with; exits with what differs between them."""
+def resumed(path: Path, kind: str, now: dict) -> dict:
+    """The earlier run that `now` (machine, settings) goes on with; exits with what differs between them."""
     before = read(path, kind)
     for part, names in (("machine", SAME), ("settings", now["settings"])):
         for name in names:
             earlier, present = before[part].get(name), now[part].get(name)
             if earlier != present:
                 sys.exit(f"--resume: {name} was {earlier}, now it is {present}; name another --out")
-    return before["rows"]
+    return before
 
 
 def _check_statistics(row: dict, where: str) -> None:

@@ -72,8 +72,8 @@ def run(options: argparse.Namespace) -> dict:
     result = {"machine": machine(device), "settings": settings, "method": METHOD, "bytes": BYTES, "rows": []}
     earlier: list[tuple] = []
     if options.resume and path.exists():
-        result["rows"] = results.resumed(path, "throughput", result)
-        earlier = [tuple(case) for case in results.read(path)["cases"]]
+        before = results.resumed(path, "throughput", result)
+        result["rows"], earlier = before["rows"], [tuple(case) for case in before["cases"]]
     # An earlier run's cases, done or not, are this one's too: a file is complete when all of them are done.
     asked = [tuple(case.fields().values()) for case in cases_of(options)]
     result["cases"] = list(dict.fromkeys([*earlier, *asked]))

@@ -11,6 +11,7 @@ from machine import cache_bytes
 from torch.profiler import ProfilerActivity, profile
 
 Step = Callable[[], object]
+WARM_UPS = 3  # runs ahead of a capture
 HEAD_START = 2_000_000  # clock cycles that the GPU waits while the host launches: about a millisecond
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports a missing GPU as an error, once per process
 
@@ -105,12 +106,12 @@ def summary(repetitions: list[float]) -> dict[str, float]:
 
 
 def captured(step: Step) -> tuple[Step, object]:
-    """The replay of `step` as a CUDA graph, captured after three warm-up runs on a stream of its own; and what `step`
+    """The replay of `step` as a CUDA graph, captured after WARM_UPS runs on a stream of its own; and what `step`
     returned while it was captured, which every replay fills anew."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(WARM_UPS):
             step()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()

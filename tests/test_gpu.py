@@ -18,6 +18,7 @@ from mvam_fast.kernels import schedule, tiles  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from shapes import SHAPES  # noqa: E402
+from timing import WARM_UPS, captured  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; the interpreter has its own")
 
@@ -144,27 +145,12 @@ def test_repeats_bit_for_bit_eager_and_as_a_graph(case, dtype, device):
     for _ in range(50):
         again = run(given)
         assert all(torch.equal(first[name], again[name]) for name in first)
-    replay, captured = graph_of(lambda: run(given))
+    replay, held = captured(lambda: run(given))
     for _ in range(3):
-        for tensor in captured.values():
+        for tensor in held.values():
             tensor.fill_(float("nan"))
         replay()
-        assert all(torch.equal(first[name], captured[name]) for name in first)
-
-
-def graph_of(step):
-    """(replay, what `step` returned while it was captured), after warming up on the stream that captures."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        found = step()
-    return graph.replay, found
+        assert all(torch.equal(first[name], held[name]) for name in first)
 
 
 class Training:
@@ -194,8 +180,8 @@ class Training:
 
 def test_a_training_step_is_captured_as_a_graph(device):
     eager, graphed = Training(device), Training(device)
-    replay, _ = graph_of(graphed.step)  # two steps to warm up; the capture runs nothing
-    for _ in range(2):
+    replay, _ = captured(graphed.step)  # the capture itself runs nothing
+    for _ in range(WARM_UPS):
         eager.step()
     before = [parameter.detach().clone() for parameter in eager.parameters]
     for _ in range(5):
