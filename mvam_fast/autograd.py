@@ -165,6 +165,11 @@ def _refuse_second_derivative() -> None:
         )
 
 
+def _wanted(d_gram: torch.Tensor | None) -> torch.Tensor | None:
+    """dG, or None where there was no Gram matrix: Dynamo then makes up an empty one, whatever set_materialize_grads."""
+    return None if d_gram is None or d_gram.shape[-1] == 0 else d_gram
+
+
 def _pool(tokens, codes, keys, lengths, mask, scale, need_gram, kernel_forward):
     """P, G and what else the backward of this path needs: lse, or A."""
     cast_codes = codes if codes.dtype == tokens.dtype else codes.to(tokens.dtype)
@@ -223,6 +228,7 @@ class PoolFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_pooled, d_gram):
         _refuse_second_derivative()
+        d_gram = _wanted(d_gram)
         tokens, codes, keys, lengths, mask, *kept = ctx.saved_tensors
         need_d_tokens, need_d_codes, need_d_keys = ctx.needs_input_grad[:3]
         if d_pooled is None:
@@ -262,6 +268,7 @@ class NormPoolFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_pooled, d_gram):
         _refuse_second_derivative()
+        d_gram = _wanted(d_gram)
         tokens, codes, weight, lengths, mask, gram, lse, unit, stats = ctx.saved_tensors
         d_pooled = torch.zeros_like(unit, dtype=tokens.dtype) if d_pooled is None else d_pooled
         d_tokens, d_codes, d_weight, d_bias = _op("norm_pool_backward", tokens)(

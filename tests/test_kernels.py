@@ -326,15 +326,18 @@ def test_portable_path_recovers_the_attention_from_the_kernels_lse(device):
     torch.testing.assert_close(found.mT, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("need_gram", [True, False])
 @pytest.mark.parametrize("kind", ["lengths", "lengths+norm"])
-def test_compiles_without_graph_breaks(kind, device):
+def test_compiles_without_graph_breaks(kind, need_gram, device):
     torch._dynamo.reset()
     given = inputs(Case(3, 18, 64, 4, kind=kind), device)
     norm = {"norm_weight": given.get("norm_weight"), "norm_bias": given.get("norm_bias")}
 
     def step(tokens, codes):
-        pooled, gram = multi_view_pool(tokens, codes, lengths=given["lengths"], backend="triton", **norm)
-        return pooled.square().sum() + mvam_fast.diversity_loss(gram)
+        pooled, gram = multi_view_pool(
+            tokens, codes, lengths=given["lengths"], need_gram=need_gram, backend="triton", **norm
+        )
+        return pooled.square().sum() + (mvam_fast.diversity_loss(gram) if need_gram else 0)
 
     leaves = given["tokens"].requires_grad_(), given["codes"].requires_grad_()
     expected = torch.autograd.grad(step(*leaves), leaves)
