@@ -62,7 +62,7 @@ def compile_kernel(
     groups = tile.groups(views)
     if kernel == "forward":
         constants |= {"GROUPS": groups, "GRAM": 1 if groups == 1 else 2}
-        constants |= {"PERSISTENT": persistent, "SAMPLES": schedule.MOST_SAMPLES}
+        constants |= {"PERSISTENT": persistent, "SAMPLES": schedule.MOST_SAMPLES, "HELD": 2}
     if kernel == "backward":
         precision = "ieee" if dtype == torch.float32 else "tf32"
         constants |= {"NEED_DX": True, "NEED_DK": separate, "H_PRECISION": precision}

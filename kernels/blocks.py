@@ -20,13 +20,18 @@ def dot(a, b, accumulator, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, rows, columns, stride, row_ok, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Chunk [NW, R, DW] of a row-major matrix; rows [R] that are not ok, and columns [NW,DW] ≥ WIDTH, are 0."""
+def load_rows(
+    base, rows, columns, stride, row_ok, WIDTH: tl.constexpr, PADDED: tl.constexpr, LAST: tl.constexpr = False
+):
+    """Chunk [NW, R, DW] of a row-major matrix; rows [R] that are not ok, and columns [NW,DW] ≥ WIDTH, are 0.
+
+    LAST: the chunk is not read again, so caches may drop it.
+    """
     pointers = base + rows[None, :, None] * stride + columns[:, None, :]
     ok = row_ok[None, :, None]
     if PADDED:
         ok = ok & (columns < WIDTH)[:, None, :]
-    return tl.load(pointers, mask=ok, other=0.0)
+    return tl.load(pointers, mask=ok, other=0.0, eviction_policy="evict_first" if LAST else "")
 
 
 @triton.jit

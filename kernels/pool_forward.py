@@ -70,7 +70,8 @@ def write_views(
         pairs = view_ok[:, None] & view_ok[None, :]
         gram = gram * inverse[:, None] * inverse[None, :]
         tl.store(G + row * M * M + views[:, None] * M + views[None, :], gram, mask=pairs)
-    tl.store(LSE + row * M + views, tl.where(occupied, (mu + tl.log2(total)) * LN_2, float("inf")), mask=view_ok)
+    if LSE is not None:
+        tl.store(LSE + row * M + views, tl.where(occupied, (mu + tl.log2(total)) * LN_2, float("inf")), mask=view_ok)
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def pool_forward_kernel(
     MASK,  # [B, N] int32, MASKING == 2, contiguous
     P,  # [B, splits, M, D]  out: pooled views, contiguous
     G,  # [B, splits, M, M]  out: Gram matrix, float32, GRAM == 1
-    LSE,  # [B, splits, M]   out: log-sum-exp of the logits, float32
+    LSE,  # [B, splits, M]   out: log-sum-exp of the logits, float32; None: not wanted
     LOGITS,  # [B, M, N]  out: s in base 2, -inf where a token takes no part, float32, GRAM == 2
     KAPPA,  # [M] or [B, M]  κ, float32, NORM
     STATS,  # [B, N, 2]  out: m and r of the tokens that take part, float32, NORM
@@ -114,6 +115,9 @@ def pool_forward_kernel(
     GRAM: tl.constexpr,  # 0 none, 1 here, 2 through the logits
     NORM: tl.constexpr,
     UPCAST: tl.constexpr,
+    # What a block's shared memory holds: 2 the codes and the tile, 1 the tile, 0 neither. The rest is read again, from
+    # the caches, each time it is multiplied. Less than 2 only for shared codes that score the tokens themselves.
+    HELD: tl.constexpr,
 ):
     # Groups of one sample are neighbours, so that all but the first find its tokens in the L2 cache.
     pid = tl.program_id(0) // GROUPS
@@ -128,10 +132,11 @@ def pool_forward_kernel(
     dtype: tl.constexpr = X.dtype.element_ty
 
     codes = ()
-    for k in tl.static_range(NCK):
-        codes = codes + (
-            load_rows(C + b * stride_cb, views, k * NW * DKW + key_columns, DK, view_ok, DK, NCK * NW * DKW != DK),
-        )
+    if HELD == 2:
+        for k in tl.static_range(NCK):
+            codes = codes + (
+                load_rows(C + b * stride_cb, views, k * NW * DKW + key_columns, DK, view_ok, DK, NCK * NW * DKW != DK),
+            )
     acc = ()
     for _ in tl.static_range(NC):
         acc = acc + (tl.zeros([NW, MP, DW], tl.float32),)
@@ -193,7 +198,12 @@ def pool_forward_kernel(
             x = load_rows(x_tile, n, k * NW * DW + columns, stride_xn, ok, D, NC * NW * DW != D)
             xs = xs + (x,)
             if not SEPARATE:
-                s3 = dot(codes[k], tl.permute(x, 0, 2, 1), s3, UPCAST)
+                if HELD == 2:
+                    code = codes[k]
+                else:  # the mask is true, but changes with the tile: else the load would be moved out of the loop
+                    here = view_ok & (n0 < count)
+                    code = load_rows(C, views, k * NW * DKW + key_columns, DK, here, DK, NCK * NW * DKW != DK)
+                s3 = dot(code, tl.permute(x, 0, 2, 1), s3, UPCAST)
             if NORM:
                 total += tl.sum(tl.sum(x.to(tl.float32), 2), 0)
         s = tl.sum(s3, 0)
@@ -230,7 +240,10 @@ def pool_forward_kernel(
         w3 = tl.broadcast_to(w[None, :, :], [NW, MP, BN])
         scaled = ()
         for k in tl.static_range(NC):
-            scaled = scaled + (dot(w3, xs[k], acc[k] * alpha[None, :, None], UPCAST),)
+            x = xs[k]
+            if HELD == 0:  # LAST tells this load from the other one: else the two would be made one
+                x = load_rows(x_tile, n, k * NW * DW + columns, stride_xn, ok, D, NC * NW * DW != D, True)
+            scaled = scaled + (dot(w3, x, acc[k] * alpha[None, :, None], UPCAST),)
         acc = scaled
         if GRAM == 1:
             gram = dot(p, tl.trans(p), gram * (alpha[:, None] * alpha[None, :]), UPCAST)
@@ -268,7 +281,7 @@ def _configuration(tile, views, width, key_width, persistent, separate, masking,
     constants = {
         **tile.constants(views, width, key_width),
         "GROUPS": tile.groups(views), "PERSISTENT": persistent, "SAMPLES": schedule.MOST_SAMPLES,
-        "SEPARATE": separate, "MASKING": masking, "GRAM": gram, "NORM": norm,
+        "SEPARATE": separate, "MASKING": masking, "GRAM": gram, "NORM": norm, "HELD": 2,
     }  # fmt: skip
     return Configuration(constants, tile.options())
 
