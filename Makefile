@@ -2,13 +2,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 9
 
-.PHONY: help demo test lint bench gpu
+.PHONY: help demo test lint bench gpu trt-check
 
 help:
 	@echo "make demo   the whole job on data it makes itself: train, evaluate, draw, export, report"
 	@echo "make test   all tests"
 	@echo "make lint   ruff"
 	@echo "make bench  time the pooling op on the device at hand"
+	@echo "make trt-check  what needs a GPU with TensorRT: runs it, and says what could not be run"
 	@echo "make gpu    tests and benchmarks on a CUDA GPU, without a network, in MINUTES=9; WHEELS=folder, ARGS=..."
 
 # The stamp is written last, so an install that fails is repeated.
@@ -34,3 +35,7 @@ bench: .venv/.installed
 # With the interpreter that has PyTorch; nothing is fetched.
 gpu:
 	$(PYTHON) benchmarks/gpu_suite.py --minutes $(MINUTES) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+
+# TensorRT is not among what is installed: .venv/bin/pip install 'tensorrt>=10.12,!=10.14.*,<12'
+trt-check: .venv/.installed
+	$(BIN)/python tests/trt_check.py $(ARGS)

@@ -1,175 +1,171 @@
 """Checkpoint → bundle of two ONNX encoders.
 
-    python export/to_onnx.py CHECKPOINT --out BUNDLE
+    python export/to_onnx.py SOURCE --out BUNDLE
 
-CHECKPOINT is a folder that training or `MVAM.save_pretrained` wrote. BUNDLE gets image.onnx, text.onnx (batch of any
-size in, L2-normalised concatenated embedding out, float32) and bundle.json. A graph that does not agree with PyTorch
-leaves no bundle, and the exit code is 1.
+SOURCE is a folder that training or `MVAM.save_pretrained` wrote, a folder with an open_clip_config.json, or the name of
+an open_clip model. BUNDLE gets image.onnx and text.onnx (batch of any size in, L2-normalised float32 embedding out),
+samples.safetensors (inputs with PyTorch's answers) and bundle.json. A graph that does not agree with PyTorch, or holds
+what TensorRT does not build, leaves no bundle, and the exit code is 1.
 """
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import os
-import platform
-import shutil
+import copy
+import dataclasses
 import sys
-import warnings
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from mvam_fast.export.bundle import FORMAT, MANIFEST, TOWERS, ExportError, check_replaceable, sha256
-from mvam_fast.export.verify import check_graph, check_parity
-from torch import nn
+from mvam_fast.export import samples
+from mvam_fast.export.bundle import PRECISIONS, TOWERS, ExportError, new_bundle, write_manifest
+from mvam_fast.export.command import add_source_arguments, summary
+from mvam_fast.export.describe import stamp, tower_entry, write_samples
+from mvam_fast.export.graph import write_graph
+from mvam_fast.export.lint import check_graph
+from mvam_fast.export.onnx_run import parity_of
+from mvam_fast.export.quantize import quantize
+from mvam_fast.export.recall import RecallData, recall_cost
+from mvam_fast.export.serving_repo import write_model_repository
+from mvam_fast.export.source import DTYPES, Source, Tower, open_source
+from mvam_fast.export.verify import BATCHES, check_half_arithmetic
 
 from mvam_fast._optional import require
-from mvam_fast.files import write_json
-from mvam_fast.model import MVAM, WEIGHTS
-from mvam_fast.preprocess import TOKENIZER_KEYS, tokenizer_of
-from mvam_fast.version import __version__
-
-# Real sentences: the end-of-text rule would not be exercised by random ids. One is cut at the context's end.
-SENTENCES = (
-    "a photo of a cat", "hi!", "two dogs run across a field of snow", "!~",
-    "a small red circle left of a large striped blue square at the top right of the picture",
-    "nothing", " ".join(["a very long sentence that does not fit"] * 12), "an orange bar and a white cross",
-)  # fmt: skip
-
 
 # Below this torch's exporter has no operators of its own, and a conversion that fails keeps 18 without an error.
 LOWEST_OPSET = 18
+BF16_OPSET = 22  # the first whose Conv takes bfloat16
+POOLINGS = ("plain", "node")
+IMAGE_INPUTS = ("float", "uint8")
 
 
-class _Tower(nn.Module):
-    """One encoder with a normalised output, as a module of its own to export."""
-
-    def __init__(self, encode):
-        super().__init__()
-        self.encode = encode
-        self.model = encode.__self__  # so that its parameters are the graph's
-
-    def forward(self, inputs):
-        return self.encode(inputs, normalize=True)
-
-
-def export_bundle(checkpoint: str | Path, out: str | Path, *, opset: int = 20, progress: bool = True) -> dict:
+def export_bundle(
+    source: str | Path | Source,
+    out: str | Path,
+    *,
+    pretrained: str | None = None,
+    fuse_poolers: bool = False,
+    opset: int | None = None,
+    precision: str = "fp32",
+    pooling: str = "plain",
+    batch: int | None = None,
+    image_input: str = "float",
+    external_data: bool = False,
+    recall: RecallData | None = None,
+    progress: bool = True,
+) -> dict:
     """Writes the bundle and returns the content of its bundle.json, parity included.
 
-    `out` may be an older bundle, which is replaced. Raises ExportError when a gate of `verify` fails;
-    `out` then is as it was before.
+    Args:
+        source, pretrained, fuse_poolers: see `source.open_source`; or a `Source` of a model in memory.
+        out: a new folder, or an older bundle, which is replaced.
+        opset: of the graphs, by default 20 (22 in bfloat16); from 23 on, float32 graphs have the Attention operator.
+        precision: "fp32"; "fp16" or "bf16": weights and products in half precision, but softmax, LayerNorm statistics
+            and the final normalisation in float32; "int8": dynamic quantisation, for ONNX Runtime on CPUs only.
+        pooling: "plain" operators, or "node": mvam::MultiViewPool with a function body, which ONNX Runtime runs and for
+            which TensorRT can take the fused kernel.
+        batch: a fixed batch size; None leaves it free.
+        image_input: "float" [B,3,H,W] as training's transform gives it, or "uint8" [B,H,W,3], normalised in the graph.
+        external_data: weights beside the graphs, as is always done above 2 GB.
+        recall: a data set to measure recall on, in PyTorch and as exported.
+
+    Raises ExportError when a gate fails; `out` then is as it was before.
     """
-    checkpoint, out = Path(checkpoint), Path(os.path.abspath(out))
-    packages = ("onnx", "onnxruntime", "onnxscript", "open_clip")
-    versions = {name: require(name, extra="export").__version__ for name in packages}
+    opset = _check(opset, precision, pooling, batch, image_input)
+    with new_bundle(out) as folder:
+        found = source if isinstance(source, Source) else _open(source, pretrained, fuse_poolers, progress)
+        kept = write_samples(found, folder, progress)
+        cast, dtype = found, DTYPES.get(precision, torch.float32)
+        if dtype != torch.float32:
+            cast = dataclasses.replace(found, model=copy.deepcopy(found.model).to(dtype))
+        manifest = {
+            "kind": "onnx", "precision": precision, "opset": opset,
+            "towers": {
+                name: tower_entry(name, found, kept, f"{name}.onnx", batch=batch, image_input=image_input)
+                for name in TOWERS
+            },
+            **found.facts(kept["text_embeds"].shape[1]),
+            "pooling": {}, "graphs": {}, "parity": {},
+        }  # fmt: skip
+        for name in TOWERS:
+            path = folder / manifest["towers"][name]["file"]
+            if progress:
+                print(f"exporting {path.name}", file=sys.stderr, flush=True)
+            tower = Tower(cast, name, dtype, image_input == "uint8").eval()
+            example = torch.from_numpy(samples.inputs_of(name, kept, manifest, batch or 2))
+            manifest["pooling"][name] = write_graph(
+                tower, example, path, name, opset=opset, pooling=pooling, batch=batch, external_data=external_data,
+            )  # fmt: skip
+            quantised = quantize(path) if precision == "int8" else 0
+            manifest["graphs"][name] = check_graph(path, int8=precision == "int8")
+            if quantised:
+                manifest["graphs"][name]["int8_products"] = quantised
+            if manifest["graphs"][name]["opset"] != opset:
+                raise ExportError(f"{path.name} has opset {manifest['graphs'][name]['opset']}; {opset} was asked for")
+            manifest["parity"][name] = parity_of(path, name, kept, manifest, (batch,) if batch else BATCHES)
+        if dtype != torch.float32:
+            manifest["half_arithmetic"] = {
+                name: check_half_arithmetic(Tower(cast, name, dtype).eval(), name, kept, manifest) for name in TOWERS
+            }
+        written = write_manifest(folder, manifest | stamp("onnx", "onnxruntime", "onnxscript", "open_clip"))
+        if recall is not None:
+            written = write_manifest(folder, written | {"recall": recall_cost(found, folder, recall, progress)})
+    return written
+
+
+def _check(opset: int | None, precision: str, pooling: str, batch: int | None, image_input: str) -> int:
+    """Clear errors, and the opset that is meant."""
+    choices = {"precision": (precision, PRECISIONS), "pooling": (pooling, POOLINGS)}
+    choices["image_input"] = (image_input, IMAGE_INPUTS)
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    if opset is None:
+        opset = BF16_OPSET if precision == "bf16" else 20
     highest = require("onnx", extra="export").defs.onnx_opset_version()
     if not LOWEST_OPSET <= opset <= highest:
         raise ValueError(f"opset is {opset}; it must be from {LOWEST_OPSET} to {highest}")
-    check_replaceable(out)
-    model = MVAM.from_pretrained(checkpoint)
-    config = model.open_clip_config
-    text_cfg = config["model_cfg"]["text_cfg"]
-    tokenizer = {key: text_cfg[key] for key in TOKENIZER_KEYS if key in text_cfg}
-    size = config["preprocess_cfg"]["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "image": torch.randn(len(SENTENCES), 3, height, width, generator=generator),
-        "text": tokenizer_of(text_cfg)(list(SENTENCES)),
-    }
-    encoders = {"image": model.encode_image, "text": model.encode_text}
-
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        parity, graphs = {}, {}
-        for tower, (file, input_name, output_name) in TOWERS.items():
-            if progress:
-                print(f"exporting {file}", file=sys.stderr, flush=True)
-            path = temporary / file
-            _export(_Tower(encoders[tower]).eval(), inputs[tower][:2], path, input_name, output_name, opset)
-            graphs[tower] = check_graph(path)
-            if graphs[tower]["opset"] != opset:
-                raise ExportError(f"{file} has opset {graphs[tower]['opset']}; {opset} was asked for")
-            parity[tower] = check_parity(path, _Tower(encoders[tower]), inputs[tower])
-        embedding_width = encoders["text"](inputs["text"][:1]).shape[1]
-        manifest = {
-            "format": FORMAT,
-            "opset": opset,
-            "num_views": model.num_views,
-            "global_view": model.global_view,
-            "num_vectors": model.num_vectors,
-            "vector_width": embedding_width // model.num_vectors,
-            "embedding_width": embedding_width,
-            "logit_scale": model.logit_scale.exp().item(),
-            "preprocess": config["preprocess_cfg"],
-            "tokenizer": {
-                "kind": "open_clip HFTokenizer" if tokenizer.get("hf_tokenizer_name") else "open_clip SimpleTokenizer",
-                "context_length": inputs["text"].shape[1], **tokenizer,
-            },
-            "files": {path.name: sha256(path) for path in sorted(temporary.iterdir())},
-            "graphs": graphs,
-            "parity": parity,
-            "source": {"checkpoint": checkpoint.name, "weights_sha256": sha256(checkpoint / WEIGHTS)},
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": {
-                "mvam_fast": __version__, "torch": torch.__version__, "python": platform.python_version(), **versions,
-            },
-        }  # fmt: skip
-        write_json(temporary / MANIFEST, manifest)
-        _replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
+    if precision == "bf16" and opset < BF16_OPSET:
+        raise ValueError(f"opset is {opset}; bfloat16 needs {BF16_OPSET} or later, before which Conv does not take it")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1, or None for any")
+    return opset
 
 
-def _replace(temporary: Path, out: Path) -> None:
-    """Folders cannot be swapped in one step: the old one steps aside, and is deleted only once the new one is there."""
-    if not out.exists():
-        os.rename(temporary, out)
-        return
-    aside = temporary.with_name(f"{temporary.name}.old")
-    os.rename(out, aside)
-    try:
-        os.rename(temporary, out)
-    except OSError:
-        os.rename(aside, out)
-        raise
-    shutil.rmtree(aside)
-
-
-def _export(tower: nn.Module, example: torch.Tensor, path: Path, input_name: str, output_name: str, opset: int):
-    # The exporter reports its stages on stdout and warns about its own internals; errors are exceptions.
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            program = torch.onnx.export(
-                tower, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), opset_version=opset,
-                input_names=[input_name], output_names=[output_name], verbose=False,
-            )  # fmt: skip
-        except torch.onnx.errors.OnnxExporterError as error:
-            raise ExportError(f"{path.name}: torch cannot export this tower: {error.__cause__ or error}") from error
-        for node in program.model.graph.all_nodes():
-            node.metadata_props.clear()  # stack traces: paths of this machine, which the bundle's users have no use for
-        program.save(path)
+def _open(source, pretrained, fuse_poolers, progress) -> Source:
+    if progress:
+        print(f"loading {source}", file=sys.stderr, flush=True)
+    return open_source(source, pretrained=pretrained, fuse_poolers=fuse_poolers)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="folder written by training or MVAM.save_pretrained")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
-    parser.add_argument("--opset", type=int, default=20, help="ONNX opset (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_source_arguments(parser)
+    parser.add_argument("--opset", type=int, help="20, in bfloat16 22; from 23 on with the Attention operator (fp32)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and products")
+    parser.add_argument("--pooling", choices=POOLINGS, default="plain", help="operators, or one node with a body")
+    parser.add_argument("--batch", type=int, help="fix the batch size (default: any)")
+    parser.add_argument("--image-input", choices=IMAGE_INPUTS, default="float", help="uint8: [B,H,W,3], not normalised")
+    parser.add_argument("--external-data", action="store_true", help="weights beside the graphs, as above 2 GB")
+    parser.add_argument("--recall-data", help="Karpathy JSON: measure recall, in PyTorch and as exported")
+    parser.add_argument("--recall-images", help="folder of its images")
+    parser.add_argument("--recall-split", default="test", help="split of it")
+    parser.add_argument("--serving", metavar="DIR", help="write a model repository of Triton Inference Server, too")
+    options = vars(parser.parse_args(arguments))
+    serving = options.pop("serving")
+    data, images, split = (options.pop(f"recall_{name}") for name in ("data", "images", "split"))
+    if (data is None) != (images is None):
+        parser.error("--recall-data and --recall-images belong together")
     try:
-        manifest = export_bundle(options.checkpoint, options.out, opset=options.opset)
-    except (ExportError, ValueError, FileNotFoundError, ImportError) as error:
+        manifest = export_bundle(recall=RecallData(data, images, split) if data else None, **options)
+        served = write_model_repository(options["out"], serving) if serving else []
+    except (ExportError, ValueError, TypeError, OSError, ImportError) as error:
         print(f"to_onnx: error: {error}", file=sys.stderr)
         return 1
-    for tower, report in manifest["parity"].items():
-        for batch, row in report.items():
-            print(f"{tower:6} batch {batch}: max abs {row['max_abs']:.1e}, cosine {row['cosine']:.7f}, same top 5")
-    print(options.out)
+    for line in summary(manifest):
+        print(line)
+    print(*served, options["out"], sep="\n")
     return 0
 
 

@@ -1,10 +1,12 @@
 """Which path the op takes, and why: decided per call from the device, the dtypes, the widths and the user's wish."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import threading
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -41,6 +43,31 @@ def last_backend() -> Path | None:
     A compiled graph decides once, while it is traced, and does not update this.
     """
     return getattr(_state, "path", None)
+
+
+# How exporters have the pooling written: (tokens, codes, valid or None, scale) → P, or None for plain operators.
+GraphForm = Callable[[Tensor, Tensor, "Tensor | None", float], "Tensor | None"]
+_graph_form: GraphForm | None = None
+
+
+@contextlib.contextmanager
+def exporting_as(form: GraphForm) -> Iterator[None]:
+    """While it lasts, graphs that are exported get `form(...)` where they would get the specification's operators.
+
+    It is asked only for what one fused operator can do: codes [M,D] shared by the samples, no separate keys, no Gram
+    matrix. Tokens [B,N,D] come normalised; those that `valid` [B,N] excludes may hold anything.
+    """
+    global _graph_form
+    before, _graph_form = _graph_form, form
+    try:
+        yield
+    finally:
+        _graph_form = before
+
+
+def graph_form() -> GraphForm | None:
+    """The form that `exporting_as` has set, for the whole process: a variable that Dynamo can read while it traces."""
+    return _graph_form
 
 
 def choose(tokens: Tensor, codes: Tensor, keys: Tensor | None, backend: str, *, norm: bool = False) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .autograd import autocast_off, norm_pool, pool
-from .dispatch import choose
+from .dispatch import choose, graph_form
 
 DIVERSITY_KINDS = ("frobenius", "norm", "offdiag", "cosine")
 
@@ -67,6 +67,13 @@ def multi_view_pool(
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "norm_eps": norm_eps}
     with autocast_off(tokens.device.type):
         if path.forward == "reference":
+            form = graph_form()
+            if form is not None and keys is None and codes.dim() == 2 and not need_gram:
+                normalised = reference.normalise(tokens, None, norm_weight, norm_bias, norm_eps)
+                valid = reference.valid_tokens(tokens, lengths, mask)
+                pooled = form(normalised, codes.to(tokens.dtype), valid, scale)
+                if pooled is not None:
+                    return pooled, None
             return reference.multi_view_pool(
                 tokens, codes, keys=keys, lengths=lengths, mask=mask, scale=scale, need_gram=need_gram, **norm
             )

@@ -20,6 +20,7 @@ from .version import __version__
 OPEN_CLIP_CONFIG = "open_clip_config.json"  # open_clip's own name: the folder is also a "local-dir:" of open_clip
 MVAM_CONFIG = "mvam_config.json"
 WEIGHTS = "model.safetensors"
+FORMAT = 1  # of what save_pretrained writes
 
 
 class MVAM(nn.Module):
@@ -157,7 +158,7 @@ class MVAM(nn.Module):
         save_file = require("safetensors.torch", extra="train").save_file
         folder = Path(folder)
         write_json(folder / OPEN_CLIP_CONFIG, self.open_clip_config)
-        write_json(folder / MVAM_CONFIG, {**self._settings, "mvam_fast": __version__})
+        write_json(folder / MVAM_CONFIG, {"format": FORMAT, **self._settings, "mvam_fast": __version__})
         with atomic(folder / WEIGHTS) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary)
 
@@ -167,8 +168,7 @@ class MVAM(nn.Module):
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"folder: no such folder: {folder}")
-        settings = read_json(folder / MVAM_CONFIG, "folder")
-        settings.pop("mvam_fast", None)
+        settings = _settings_of(folder)
         config = read_json(folder / OPEN_CLIP_CONFIG, "folder")
         open_clip = require("open_clip", extra="train")
         with _no_weights_yet():
@@ -176,6 +176,19 @@ class MVAM(nn.Module):
         model = cls(clip, backend=backend, open_clip_config=config, **settings)
         load_weights(model, folder / WEIGHTS)
         return model.to(device).eval()
+
+
+def _settings_of(folder: Path) -> dict:
+    """The arguments of MVAM that a checkpoint names; ValueError where a newer version wrote it."""
+    settings = read_json(folder / MVAM_CONFIG, "folder")
+    written_by = settings.pop("mvam_fast", None)
+    found = settings.pop("format", 1)  # the first checkpoints did not say
+    if found != FORMAT:
+        raise ValueError(
+            f"folder: {folder} has format {found!r}, written by mvam_fast {written_by}; "
+            f"this is {__version__}, which reads format {FORMAT}: update mvam_fast"
+        )
+    return settings
 
 
 @contextlib.contextmanager
@@ -237,7 +250,7 @@ def create_model_and_transforms(
     Returns:
         (model, preprocess_train, preprocess_val)
     """
-    open_clip = _open_clip()
+    open_clip = open_clip_with_own_configs()
     model_cfg = open_clip.get_model_config(model_name.replace("/", "-") if ":" not in model_name else model_name)
     if model_cfg is None:
         raise ValueError(f"model_name is {model_name!r}; open_clip knows: {', '.join(open_clip.list_models())}")
@@ -276,13 +289,13 @@ def _with_overrides(model_cfg: dict, arguments: dict) -> dict:
 
 def get_tokenizer(model_name: str | Path):
     """The tokenizer of an open_clip model name, or of a folder that `MVAM.save_pretrained` wrote."""
-    open_clip = _open_clip()
+    open_clip = open_clip_with_own_configs()
     if (Path(model_name) / OPEN_CLIP_CONFIG).is_file():
         return tokenizer_of(read_json(Path(model_name) / OPEN_CLIP_CONFIG, "model_name")["model_cfg"]["text_cfg"])
     return open_clip.get_tokenizer(str(model_name))
 
 
-def _open_clip():
+def open_clip_with_own_configs():
     """open_clip, knowing this package's own model configs."""
     open_clip = require("open_clip", extra="train")
     configs = Path(__file__).parent / "configs"

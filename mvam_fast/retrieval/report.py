@@ -105,10 +105,10 @@ def _export(export: dict | None) -> str:
     if export is None:
         return _missing("Not part of this run.")
     rows = [
-        [tower, batch, f"{row['max_abs']:.1e}", f"{row['cosine']:.7f}", "same" if row["top5"] else "different"]
+        [tower, batch, f"{row['max_abs']:.1e}", f"{row['cosine']:.7f}", f"{row['top5']:.0%}"]
         for tower, report in export["parity"].items() for batch, row in report.items()
     ]  # fmt: skip
-    table = _table(["encoder", "batch", "max abs difference", "least cosine", "top 5"], rows)
+    table = _table(["encoder", "batch", "max abs difference", "least cosine", "same top 5"], rows)
     return f"<p>ONNX Runtime against PyTorch. {escape(export['check'])}</p>{table}"
 
 

@@ -1,4 +1,4 @@
-"""Running exported encoders."""
+"""Running exported encoders and checkpoints."""
 from .encoder import Encoder
 
 __all__ = ["Encoder"]
