@@ -19,6 +19,8 @@ _HOMES = {
     "create_model_and_transforms": "model",
     "get_tokenizer": "model",
     "MVAMLoss": "loss",
+    "fuse_attention_poolers": "converters",
+    "restore_attention_poolers": "converters",
     "Encoder": "serving",
 }
 
