@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mvam_fast.export.to_onnx import export_bundle
 from PIL import Image
 
-from mvam_fast import MVAM, Encoder, create_model_and_transforms, get_tokenizer
+from mvam_fast import MVAM, Encoder, get_tokenizer
 from mvam_fast.preprocess import eval_transform
 
 # Of many lengths; one with id 0 ("!") as a word, one that is cut at the context's end.
@@ -20,13 +19,12 @@ KINDS = {"checkpoint": "torch", "float": "onnxruntime-cpu", "uint8, batch 3": "o
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, checkpoint_of, exported):
     """What an Encoder can be loaded from, by kind."""
     folder = tmp_path_factory.mktemp("encoders")
-    torch.manual_seed(0)
-    create_model_and_transforms("scenes-ViT-T-16", num_views=4)[0].save_pretrained(folder / "checkpoint")
-    export_bundle(folder / "checkpoint", folder / "float", progress=False)
-    export_bundle(folder / "checkpoint", folder / "uint8, batch 3", image_input="uint8", batch=3, progress=False)
+    (folder / "checkpoint").symlink_to(checkpoint_of("views"))
+    (folder / "float").symlink_to(exported("views"))
+    (folder / "uint8, batch 3").symlink_to(exported("views", image_input="uint8", batch=3, external_data=True))
     return folder
 
 

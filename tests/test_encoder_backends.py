@@ -37,7 +37,10 @@ def aoti_bundle(folder, device):
         )
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(folder / "tower.pt2"),
-            inductor_configs={"cpp_cache_precompile_headers": False},  # which pays from the second package on
+            # The first pays from the second package on; how fast this one runs is nothing to us.
+            inductor_configs={
+                "cpp_cache_precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0",
+            },
         )  # fmt: skip
     describe(folder, device=device)
     return tower
@@ -48,28 +51,20 @@ def describe(folder, **extra):
     write_manifest(folder, manifest("aoti", towers={"image": entry, "text": entry}, **extra))
 
 
-@needs_compiler
-def test_aoti_on_the_cpu(tmp_path):
-    tower = aoti_bundle(tmp_path, "cpu")
-    with Encoder.load(tmp_path) as encoder:
-        assert (encoder.backend, encoder.reason) == ("aoti", "nothing else runs a bundle of kind 'aoti'")
-        batches = [torch.randn(batch, 3, 4, 4) for batch in (1, 3, 8, 17)]
-        with ThreadPoolExecutor(4) as pool:
-            for given, found in zip(batches * 5, pool.map(encoder.encode_image, batches * 5), strict=True):
-                assert torch.allclose(found, tower(given), atol=1e-5)
+def test_packages_of_another_machine_or_torch_are_refused(tmp_path):
+    """What a good one does is in test_export_aoti.py."""
     package = tmp_path / "tower.pt2"
-    whole = package.read_bytes()
-    package.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="tower.pt2 is not the file that the bundle was made with"):
-        Encoder.load(tmp_path)
+    package.write_bytes(b"a package")
     describe(tmp_path, device="cpu", versions={"torch": "1.0"})
     with pytest.raises(RuntimeError, match="was compiled with torch 1.0 and does not load with"):
         Encoder.load(tmp_path)
-    package.write_bytes(whole)
     for found in ({"machine": "abacus"}, {"cpu": "AVX9999"}):
         describe(tmp_path, device="cpu", compiled_for=found)
         with pytest.raises(RuntimeError, match="was compiled for another machine: it needs .*; export it here"):
             Encoder.load(tmp_path)
+    package.write_bytes(b"a pack")
+    with pytest.raises(ValueError, match="tower.pt2 is not the file that the bundle was made with"):
+        Encoder.load(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """AOTInductor packages: a CPU bundle that agrees with PyTorch, and the fused kernel's way into one for a GPU."""
-import json
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,21 +11,21 @@ import torch
 from mvam_fast.export import samples, to_aoti
 from mvam_fast.export.bundle import ExportError, read_manifest
 
-from mvam_fast import Encoder, create_model_and_transforms, reference
+from mvam_fast import Encoder, reference
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("aoti") / "checkpoint"
-    torch.manual_seed(0)
-    create_model_and_transforms("scenes-ViT-T-16", num_views=4)[0].save_pretrained(folder)
-    return folder
+@pytest.fixture
+def checkpoint(checkpoint_of):
+    return checkpoint_of("views")
 
 
 @needs_compiler
-def test_a_bundle_of_packages_gives_the_vectors_of_pytorch(checkpoint, tmp_path):
+def test_a_bundle_of_packages_gives_the_vectors_of_pytorch(checkpoint, tmp_path, monkeypatch):
+    # Compiling is most of it: neither the speed of the wrapper nor headers for later packages are wanted here.
+    monkeypatch.setattr("torch._inductor.config.aot_inductor.compile_wrapper_opt_level", "O0")
+    monkeypatch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)
     report = to_aoti.export_bundle(checkpoint, tmp_path / "bundle", progress=False)
     assert report == read_manifest(tmp_path / "bundle", kind="aoti")
     assert set(report["files"]) == {"image.pt2", "text.pt2", "samples.safetensors"}
@@ -36,15 +36,12 @@ def test_a_bundle_of_packages_gives_the_vectors_of_pytorch(checkpoint, tmp_path)
     kept = samples.load(tmp_path / "bundle")
     with Encoder.load(tmp_path / "bundle") as encoder:
         assert (encoder.backend, encoder.device.type) == ("aoti", "cpu")
-        found = encoder.encode_text(kept["token_ids"][:5])
-        assert np.abs(found - kept["text_embeds"][:5]).max() <= 1e-5
+        batches = [kept["token_ids"][:batch] for batch in (1, 3, 8, 17)] * 3
+        with ThreadPoolExecutor(4) as pool:
+            for given, found in zip(batches, pool.map(encoder.encode_text, batches), strict=True):
+                assert np.abs(found - kept["text_embeds"][: len(given)]).max() <= 1e-5
         images = samples.inputs_of("image", kept, report, 2)
         assert np.abs(encoder.encode_image(images) - kept["image_embeds"][:2]).max() <= 1e-5
-    manifest = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
-    manifest["compiled_for"]["machine"] = "vax"
-    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(manifest))
-    with pytest.raises(RuntimeError, match="compiled for .*vax"):
-        Encoder.load(tmp_path / "bundle")
 
 
 @pytest.mark.parametrize(

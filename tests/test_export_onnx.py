@@ -16,18 +16,12 @@ from mvam_fast.export.lint import check_graph
 from mvam_fast.export.recall import RecallData
 from PIL import Image
 
-from mvam_fast import MVAM, create_model_and_transforms, functional, get_tokenizer
+from mvam_fast import MVAM, functional, get_tokenizer
 from mvam_fast.preprocess import eval_transform
 from mvam_fast.retrieval.scenes import make_scenes
 
 # Of many lengths; one with id 0 ("!") as a word, one that is cut at the context's end.
 TEXTS = ["a", "!~", "a small red circle above a large bar", "two " * 60, "hi!", "an orange cross", "x y z", "bar"]
-CHECKPOINTS = {
-    "views": {"num_views": 4},
-    "global": {"num_views": 3, "global_view": True},
-    "single": {"num_views": 0, "global_view": True},
-    "additive": {"num_views": 2, "scoring": "additive"},
-}
 # What is exported, how.
 VARIANTS = {
     "views": ("views", {}),
@@ -42,27 +36,21 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for name, arguments in CHECKPOINTS.items():
-        torch.manual_seed(0)
-        model = create_model_and_transforms("scenes-ViT-T-16", **arguments)[0]
-        if model.image_gates is not None:
-            with torch.no_grad():
-                model.image_gates.uniform_(), model.text_gates.uniform_()
-        model.save_pretrained(folder / name)
+def checkpoints(tmp_path_factory, checkpoint_of):
+    folder = tmp_path_factory.mktemp("by_name")
+    for name, _ in VARIANTS.values():
+        if not (folder / name).exists():
+            (folder / name).symlink_to(checkpoint_of(name))
     return folder
 
 
 @pytest.fixture(scope="module")
-def bundles(checkpoints, tmp_path_factory):
+def bundles(tmp_path_factory, exported):
     """The reports, by variant; the bundles lie in the folder `path`."""
     path = tmp_path_factory.mktemp("bundles")
-    reports = {
-        name: to_onnx.export_bundle(checkpoints / checkpoint, path / name, progress=False, **options)
-        for name, (checkpoint, options) in VARIANTS.items()
-    }
-    return path, reports
+    for variant, (checkpoint, options) in VARIANTS.items():
+        (path / variant).symlink_to(exported(checkpoint, **options))
+    return path, {variant: json.loads((path / variant / "bundle.json").read_text()) for variant in VARIANTS}
 
 
 def run(path, tower, inputs):
@@ -189,7 +177,7 @@ def test_samples_are_what_pytorch_says(bundles, checkpoints):
 def test_the_bundle_says_what_it_is(bundles):
     path, reports = bundles
     for variant, report in reports.items():
-        assert json.loads((path / variant / "bundle.json").read_text()) == report == read_manifest(path / variant)
+        assert report == read_manifest(path / variant)
         limits = verify.LIMITS[report["precision"]]
         for tower in ("image", "text"):
             free = report["towers"][tower]["input"]["shape"][0] == "batch"
