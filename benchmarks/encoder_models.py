@@ -33,6 +33,12 @@ class NaivePool(MultiViewPool):
         return reference.multi_view_pool(**given, lengths=lengths, mask=mask, need_gram=need_gram)
 
 
+def random_model(name: str, views: int) -> MVAM:
+    """MVAM over an open_clip model, with the same random weights each time: a resumed run goes on with them."""
+    torch.manual_seed(0)
+    return create_model_and_transforms(name, num_views=views)[0].eval()
+
+
 def variants(model: MVAM) -> dict[str, nn.Module]:
     """`model` and its two rivals by name; all three own the same parameters."""
     naive = MVAM(model.clip, model.num_views)
@@ -51,8 +57,7 @@ class Compared:
     """The models as they are served (`served`, in `dtype`), trained (`trained`, float32), and judged by (float64)."""
 
     def __init__(self, name: str, views: int, device: torch.device, dtype: torch.dtype):
-        torch.manual_seed(0)  # a resumed run goes on with the same weights
-        model = create_model_and_transforms(name, num_views=views)[0].to(device).eval()
+        model = random_model(name, views).to(device)
         self.name, self.views, self.device, self.dtype = name, views, device, dtype
         self.trained = variants(model)
         self.served = self.trained if dtype == torch.float32 else variants(copy.deepcopy(model).to(dtype))

@@ -2,27 +2,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from providers import PROVIDERS
 from shapes import SHAPES
-from tables import group_title, label
+from tables import group_title, label, times_original
 
 from mvam_fast.files import atomic
 
 OURS, PLAIN, OTHER = "#0072b2", "#777777", "#e69f00"
-# Marks and colours in plots of all providers; with a LayerNorm the same, and dashed.
+# Marks and colours in plots of all providers; with a LayerNorm the same, and dashed; of a pooler fused, and dotted.
 STYLES = {
     "naive": ("o", "#000000"), "compile": ("s", "#777777"), "sdpa": ("D", "#009e73"), "flex": ("^", "#cc79a7"),
     "torch": ("v", "#56b4e9"), "triton": ("P", OURS), "attentional-pooler": ("D", "#e69f00"),
     "attention-pool-latent": ("d", "#d55e00"), "siglip-head": ("X", "#b8860b"),
+    "attention-pool2d": ("p", "#882255"), "attention-pool2d-timm": ("h", "#aa4499"),
 }  # fmt: skip
 
 
 def _style(provider: str) -> tuple[str, str]:
-    return STYLES.get(provider.removeprefix("norm-"), ("*", "#999999"))
+    return STYLES.get(provider.removeprefix("norm-").removeprefix("fused-"), ("*", "#999999"))
+
+
+def _line(row: dict) -> str:
+    if PROVIDERS[row["provider"]].original:
+        return ":"
+    return "--" if row["work"] == "norm+pool" else "-"
 
 
 def draw(result: dict, folder: Path, stem: str) -> list[Path]:
@@ -95,10 +103,17 @@ def times(result: dict, timed: list[dict]) -> Figure:
     for row in rows:
         panels.setdefault(f"{row['mode']}, {row['setting']}", []).append(row)
     title = f"{group_title(rows[0])}\nblue: mvam_fast; grey: the same work; orange *: a library's own, costlier work"
-    return _panels(
-        list(panels.items()), title, "median ms (log)", lambda row: row["median_ms"],
-        lambda row: f"{row['median_ms']:.2f} ms" + (f", {row['ratio']:.2f}× naive" if "ratio" in row else ""),
-    )  # fmt: skip
+    if any(times_original(row, rows) for row in rows):
+        title += ", by mvam_fast where it is fused"
+    return _panels(list(panels.items()), title, "median ms (log)", lambda row: row["median_ms"], partial(_time, rows))
+
+
+def _time(rows: list[dict], row: dict) -> str:
+    """A fused pooler beside its original, others beside the naive version."""
+    text = f"{row['median_ms']:.2f} ms"
+    if (ratio := times_original(row, rows)) is not None:
+        return text + f", {ratio:.2f}× original"
+    return text + (f", {row['ratio']:.2f}× naive" if "ratio" in row else "")
 
 
 def memory(result: dict, timed: list[dict]) -> Figure | None:
@@ -166,7 +181,7 @@ def over_batch(result: dict, timed: list[dict]) -> Figure | None:
             line = sorted((row for row in of_panel if row["provider"] == provider), key=lambda row: row["batch"])
             axis.plot(
                 [row["batch"] for row in line], [row["median_ms"] / row["batch"] for row in line], ms=4, lw=1,
-                ls="--" if line[0]["work"] == "norm+pool" else "-", marker=mark, color=color, label=label(line[0]),
+                ls=_line(line[0]), marker=mark, color=color, label=label(line[0]),
                 alpha=0.8,
             )  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms per sample")

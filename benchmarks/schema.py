@@ -78,6 +78,41 @@ ENCODERS_ROW = {
         ),
     ]
 }  # fmt: skip
+PARITY = {"max_abs": {"type": "number", "minimum": 0}, "cosine": NUMBER, "top5": NUMBER}
+EXPORTED_TOWER = _object(
+    {
+        "bytes": WHOLE, "pooling": TEXT | {"minLength": 1},
+        "parity": {"type": "object", "minProperties": 1, "additionalProperties": _object(PARITY)},
+    },
+    {"nodes": WHOLE, "opset": WHOLE, "int8_products": WHOLE, "half_arithmetic": _object(PARITY)},
+)  # fmt: skip
+EXPORT = {
+    "work": {"const": "export"}, "model": TEXT, "variant": {"enum": ["clip", "mvam", "fused pooler", "checkpoint"]},
+    "form": TEXT,
+}  # fmt: skip
+LATENCY = {
+    "work": {"const": "latency"}, "tower": {"enum": ["image", "text"]}, "batch": WHOLE,
+    "model": {"enum": ["clip", "mvam"]}, "runner": {"enum": ["eager", "session", "encoder"]}, "form": TEXT,
+}  # fmt: skip
+TIMES = _object({"median": TIME, "least": TIME, "most": TIME})
+EXPORTS_ROW = {
+    "oneOf": [
+        _object({**EXPORT, "reason": TEXT | {"minLength": 1}}),
+        _object({**LATENCY, "reason": TEXT | {"minLength": 1}}),
+        _object(
+            {
+                **EXPORT, "seconds": TIME, "bytes": WHOLE, "views": WHOLE,
+                "towers": _object({"image": EXPORTED_TOWER, "text": EXPORTED_TOWER}),
+            }
+        ),
+        _object(
+            {**LATENCY, **TIMED},
+            {
+                "p99_ms": TIME, "max_ms": TIME, "times_session": TIMES, "times_eager": TIMES, "times_clip": TIMES,
+            },
+        ),
+    ]
+}  # fmt: skip
 TESTS_ROW = _object(
     {"test": TEXT, "outcome": {"enum": ["passed", "failed", "skipped", "running"]}, "seconds": NUMBER, "message": TEXT}
 )
@@ -87,8 +122,8 @@ PROFILE_ROW = {
 }  # fmt: skip
 ANY_ROW = {"type": "object"}
 ROWS = {
-    "throughput": THROUGHPUT_ROW, "encoders": ENCODERS_ROW, "tests": TESTS_ROW, "profile": PROFILE_ROW,
-    "kernel_report": ANY_ROW, "host_cost": ANY_ROW,
+    "throughput": THROUGHPUT_ROW, "encoders": ENCODERS_ROW, "exports": EXPORTS_ROW, "tests": TESTS_ROW,
+    "profile": PROFILE_ROW, "kernel_report": ANY_ROW, "host_cost": ANY_ROW,
 }  # fmt: skip
 MORE = {  # what else the file of a kind holds
     "throughput": {
@@ -98,7 +133,7 @@ MORE = {  # what else the file of a kind holds
             "required": ["copy_gb_s", "read_gb_s", "float32_gflop_s"],
         },
     },
-    "encoders": {"note": TEXT},
+    "encoders": {"note": TEXT}, "exports": {"note": TEXT},
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 
 from providers import PROVIDERS
-from tables import OWN_WORK, group_title, label
+from tables import OWN_WORK, group_title, label, original_of, times_original, times_original_by_block
 
 CLAIM = {"shape": "vit-b-16", "batch": 32, "views": 16}  # the case the project's own targets are stated for
 STATIC = "Static: what ptxas makes of each entry of the launch table; nothing was run."
@@ -40,7 +40,7 @@ def files(found: dict, root: Path) -> str:
     rows = [
         [f"`{path.relative_to(root)}`", result["machine"]["device"], result["machine"]["date"][:10],
          f"`{result['machine']['commit'][:8]}`", str(len(result["rows"]))]
-        for path, result in found.values()
+        for path, result in dict(found.values()).items()
     ]  # fmt: skip
     return table(["file", "device", "date", "commit", "rows"], rows)
 
@@ -53,13 +53,17 @@ def throughput(result: dict) -> str:
         result["bytes"][0].upper() + result["bytes"][1:] + "\n",
     ]
     cases = {title: list(rows) for title, rows in groupby(result["rows"], key=group_title)}
-    claimed = [title for title, rows in cases.items() if all(rows[0][name] == value for name, value in CLAIM.items())]
+    claimed = [title for title, rows in cases.items() if _is_claimed(rows[0])]
     parts += [_case(title, cases[title]) for title in claimed]
     parts.append("\\" + OWN_WORK + "\n")
     for title in cases:
         if title not in claimed:
             parts.append(f"<details><summary>{title}</summary>\n\n{_case(title, cases[title])}\n</details>\n")
     return "\n".join(parts)
+
+
+def _is_claimed(row: dict) -> bool:
+    return all(row[name] == value for name, value in CLAIM.items())
 
 
 HEADS = (
@@ -71,15 +75,68 @@ HEADS = (
 def _case(title: str, rows: list[dict]) -> str:
     """Providers that have a time, by setting and mode; those that have none, with their reasons, once each."""
     parts = [f"**{title}**\n"]
-    for (setting, mode), group in groupby(rows, key=lambda row: (row["setting"], row["mode"])):
-        parts.append(table([f"{mode}, {setting}", *HEADS], [_cells(row) for row in group if "reason" not in row]))
+    for (setting, mode), found in groupby(rows, key=lambda row: (row["setting"], row["mode"])):
+        group = [row for row in found if "reason" not in row]
+        originals = [times_original(row, group) for row in group]
+        heads, lines = [f"{mode}, {setting}", *HEADS], [_cells(row) for row in group]
+        if any(originals):  # results from before there were fused poolers have no such column
+            heads.append("original ÷ it")
+            for line, ratio in zip(lines, originals, strict=True):
+                line.append("" if ratio is None else f"{ratio:.2f}×")
+        parts.append(table(heads, lines))
+    parts += _failures(rows)
+    return "\n".join(parts) + "\n"
+
+
+def _failures(rows: list[dict]) -> list[str]:
+    """Who has no time and why, once each with all modes and settings."""
     failed: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if "reason" in row:
             where = failed.setdefault((PROVIDERS[row["provider"]].label, row["reason"]), [])
             where.append(f"{row['mode']}, {row['setting']}")
-    parts += [f"- No time for {name} ({'; '.join(where)}): {reason}" for (name, reason), where in failed.items()]
-    return "\n".join(parts) + "\n"
+    return [f"- No time for {name} ({'; '.join(where)}): {reason}" for (name, reason), where in failed.items()]
+
+
+POOLERS = (
+    "Poolers of other libraries, each beside the same one after `fuse_attention_poolers`: same parameters, outputs and "
+    "gradients, in turns in one run. A fused pooler gets a time only if its outputs and all gradients are at most "
+    "twice as far from its original in float64 as the original is in its own precision, or as rounding alone is (a key "
+    "bias that is a parameter of its own is frozen: its gradient is zero). AttentionalPooler, with 8 heads, has as "
+    "many queries and AttentionPoolLatent as many latents as there are views, the SigLIP head one probe, and "
+    "AttentionPool2d one query, the mean of the patches. By block: the least and the largest ratio of the blocks in "
+    "which they took turns. Peak: memory beyond what was there before; kept: what autograd keeps; original → fused."
+)
+MEMORY = ("peak_extra_mb", "saved_mb")
+
+
+def poolers(result: dict, every_case: bool = True) -> str:
+    """Original and fused poolers; of one case only, that is the claimed one, or the first if that is not there."""
+    cases = [list(rows) for _, rows in groupby(result["rows"], key=group_title)]
+    if not every_case:
+        claimed = [rows for rows in cases if _is_claimed(rows[0])]
+        cases = (claimed or cases)[:1]
+    return "\n".join([f"{about(result)} {POOLERS}\n", *(_poolers_of_case(rows) for rows in cases)])
+
+
+def _poolers_of_case(rows: list[dict]) -> str:
+    """The pairs of which both were timed, the modes of each together; and why others were not."""
+    rows = [row for row in rows if row["work"] == "own"]
+    lines = []
+    for row in sorted(rows, key=lambda row: list(PROVIDERS).index(row["provider"])):
+        original = original_of(row, rows)
+        if original is None or "reason" in row:
+            continue
+        ratio = original["median_ms"] / row["median_ms"]
+        by_block = times_original_by_block(row, original)
+        lines.append([
+            f"{PROVIDERS[original['provider']].label}: {row['mode']}, {row['setting']}",
+            number(original["median_ms"]), number(row["median_ms"]), f"**{ratio:.2f}×**",
+            f"{min(by_block):.2f}–{max(by_block):.2f}×",
+            *(f"{number(original[name])} → {number(row[name])}" if name in row else "" for name in MEMORY),
+        ])  # fmt: skip
+    heads = ["original ms", "fused ms", "original ÷ fused", "by block", "peak MB", "kept MB"]
+    return "\n".join([table([group_title(rows[0]), *heads], lines), *_failures(rows)]) + "\n"
 
 
 def _cells(row: dict) -> list[str]:

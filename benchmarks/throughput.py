@@ -3,9 +3,9 @@
     python benchmarks/throughput.py [--quick] [--shapes NAME ...] [--batch N ...] [--out FOLDER] [--resume]
 
 The same work in several ways (eager and compiled PyTorch, SDPA, FlexAttention, mvam_fast's paths, each also with a
-LayerNorm in front), and the poolers of open_clip, timm and transformers doing their own. Results are checked against
-float64 on the inputs that are timed, or there is no number. FOLDER gets throughput.json, written after every case,
-and plots. On a CPU the batches are small.
+LayerNorm in front), and the poolers of open_clip, timm and transformers doing their own, each beside the same one fused
+by `fuse_attention_poolers`. Results are checked against float64 on the inputs that are timed, or there is no number.
+FOLDER gets throughput.json, written after every case, and plots. On a CPU the batches are small.
 """
 from __future__ import annotations
 
@@ -114,10 +114,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     gpu = on_gpu(parser, options.device)
     options.dtype = options.dtype or ("bfloat16" if gpu else "float32")
-    options.settings = [name for name in SETTINGS if gpu or name != "CUDA graph"]
+    in_model = any(PROVIDERS[name].in_model for name in options.providers)  # the naive version alone says nothing
+    possible = {"CUDA graph": gpu, "compiled model": in_model}
+    options.settings = [name for name in SETTINGS if possible.get(name, True)]
     options.seconds = 0.2 if options.quick else 0.5
-    baselines = {BASELINES[PROVIDERS[name].work] for name in options.providers} | {"naive"}  # the ratios are to them
-    options.providers = [name for name in PROVIDERS if name in {*options.providers, *baselines}]
+    # The ratios are to these.
+    baselines = {"naive", *(BASELINES[PROVIDERS[name].work] for name in options.providers)}
+    originals = {PROVIDERS[name].original for name in options.providers}
+    options.providers = [name for name in PROVIDERS if name in {*options.providers, *baselines, *originals}]
     return options
 
 

@@ -5,6 +5,7 @@
     model       f = normalize(concat_i(P_i W)) and G of layer_norm(X): what       leaves X, C, γ, β, W
                 surrounds the op in a two-stream model, to be compiled as a whole
     own         what somebody else's pooler computes, judged by itself in float64  leaves X, its parameters
+                (a fused pooler is judged by its original)
 """
 from __future__ import annotations
 
@@ -106,16 +107,19 @@ def works(batch: int, length: int, width: int, views: int, dtype: torch.dtype, d
 
 
 def own_work(module: nn.Module, tokens: Tensor) -> Work:
-    """What `module` makes of the tokens, differentiated in them and in its parameters."""
-    names = [name for name, _ in module.named_parameters()]
+    """What `module` makes of the tokens, differentiated in them and in its parameters, less those that are frozen."""
+    leaves = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
     def specification(tokens, *parameters):
-        return _tupled(torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (tokens,)))
+        given = {name: parameter.to(tokens.dtype) for name, parameter in frozen.items()}
+        given |= zip(leaves, parameters, strict=True)
+        return _tupled(torch.func.functional_call(module, given, (tokens,)))
 
     with torch.no_grad():
         (output,) = _tupled(module(tokens[:1]))
     d_output = Draw(tokens.dtype, tokens.device)(len(tokens), *output.shape[1:])
-    return Work("own", specification, {"X": tokens, **dict(module.named_parameters())}, {"Y": d_output})
+    return Work("own", specification, {"X": tokens, **leaves}, {"Y": d_output})
 
 
 def own_op(module: nn.Module) -> Op:

@@ -2,6 +2,7 @@
 import importlib
 import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import torch
 from PIL import Image
 
 from mvam_fast import reference
+from mvam_fast.converters import folding
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-cases, compare, gate, providers, results, schema, shapes, throughput, timing, work = (
+cases, compare, gate, inserts, plots, providers, report, results, schema, sections, shapes, throughput, timing, work = (
     importlib.import_module(name)
     for name in (
-        "cases", "compare", "gate", "providers", "results", "schema", "shapes", "throughput", "timing", "work",
+        "cases", "compare", "gate", "inserts", "plots", "providers", "report", "results", "schema", "sections",
+        "shapes", "throughput", "timing", "work",
     )
 )  # fmt: skip
 CPU = torch.device("cpu")
+FUSED = [name for name, provider in providers.PROVIDERS.items() if provider.original]
 
 
 @pytest.fixture
@@ -89,12 +93,45 @@ def test_judging_in_chunks_changes_nothing(name, monkeypatch):
 
 def test_a_pooler_is_judged_by_itself_in_float64():
     tokens = torch.randn(3, 5, 64, requires_grad=True)
-    module = providers.attentional_pooler(64, 2)
+    module = providers.attentional_pooler(5, 64, 2)
     own = work.own_work(module, tokens)
     errors = gate.check(gate.results_of(work.own_op(module), own), own)
     assert {"Y", "dX", "dquery", "dattn.in_proj_weight"} <= errors.keys() and 0 < max(errors.values()) < 1e-5
     with pytest.raises(gate.Wrong, match="wrong: Y"):
         gate.check({"Y": module(tokens).detach() * 1.001}, own)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_pooler_is_judged_by_its_original(name, monkeypatch):
+    provider, given = providers.PROVIDERS[name], work.works(3, 10, 64, 2, torch.float32, CPU)
+    original, fused = (providers.PROVIDERS[n].make(given, 2) for n in (provider.original, name))
+    assert fused.work.leaves.keys() == original.work.leaves.keys() and "fused" in provider.label and provider.ours
+    for leaf, value in original.work.leaves.items():  # they are built apart, and are the same
+        assert torch.equal(value, fused.work.leaves[leaf])
+    assert fused.details == "forward torch, backward torch"
+    errors = gate.check(gate.results_of(fused.op, fused.work), fused.work)
+    assert errors.keys() == {"Y", *(f"d{leaf}" for leaf in original.work.leaves)} and max(errors.values()) < 1e-5
+    pool = folding.pool
+    monkeypatch.setattr(folding, "pool", lambda tokens, codes, **options: pool(tokens, 1.01 * codes, **options))
+    found = gate.results_of(fused.op, fused.work)
+    with pytest.raises(gate.Wrong, match="wrong: Y is off by"):
+        gate.check(found, fused.work)
+
+
+def test_pools_of_grids_take_the_patches_of_square_grids_only():
+    tokens = torch.randn(2, 10, 3)
+    assert torch.equal(providers.PatchGrid(10)(tokens)[1, :, 1, 2], tokens[1, 1 + 3 + 2])  # after the class token
+    assert torch.equal(providers.PatchGrid(9)(tokens[:, :9])[1, :, 1, 2], tokens[1, 3 + 2])
+    given = work.works(2, 77, 64, 3, torch.float32, CPU)
+    for name in ("attention-pool2d", "fused-attention-pool2d-timm"):
+        with pytest.raises(gate.Unavailable, match="77 tokens are no square grid"):
+            providers.PROVIDERS[name].make(given, 3)
+
+
+def test_a_pooler_that_is_left_alone_has_no_fused_time():
+    given = work.works(2, 5, 64, 16, torch.float32, CPU)
+    with pytest.raises(gate.Unavailable, match="folded into 128 views it would take"):
+        providers.PROVIDERS["fused-attentional-pooler"].make(given, 16)
 
 
 def shrink(monkeypatch):
@@ -112,10 +149,14 @@ def tiny(monkeypatch):
     shrink(monkeypatch)
 
 
-def run(out, *more):
-    throughput.main([
+def asked(out, *more):
+    return [
         "--quick", "--device", "cpu", "--shapes", "vit-b-32", "--batch", "2", "--views", "3", "--out", str(out), *more,
-    ])  # fmt: skip
+    ]  # fmt: skip
+
+
+def run(out, *more):
+    throughput.main(asked(out, *more))
     return results.read(out / "throughput.json", "throughput")
 
 
@@ -177,11 +218,11 @@ def test_a_run_writes_rows_reasons_and_plots(tmp_path, monkeypatch, capsys, tiny
 
 
 def test_a_quick_run_compiles_in_its_first_case_only(tmp_path, monkeypatch, tiny):
-    asked = []
-    monkeypatch.setattr(throughput, "measure", lambda case, *given: asked.append(given[:2]) or [])
+    given = []
+    monkeypatch.setattr(throughput, "measure", lambda case, *rest: given.append(rest[:2]) or [])
     run(tmp_path, "--batch", "2", "4", "--providers", "naive", "compile", "flex", "torch")
-    assert asked[0] == (["naive", "compile", "flex", "torch"], ["eager", "compiled model"])
-    assert asked[1] == (["naive", "torch"], ["eager"])
+    assert given[0] == (["naive", "compile", "flex", "torch"], ["eager", "compiled model"])
+    assert given[1] == (["naive", "torch"], ["eager"])
 
 
 def test_the_op_is_timed_inside_a_compiled_model(tiny):
@@ -229,6 +270,86 @@ def measured(tmp_path_factory):
         monkeypatch.setattr(throughput, "SETTINGS", {"eager": cases.MODES})
         run(folder := tmp_path_factory.mktemp("measured"), "--providers", "naive", "torch")
     return folder / "throughput.json"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Results of three poolers and the same fused, one of which could not be built."""
+    chosen = ("fused-attentional-pooler", "fused-siglip-head", "fused-attention-pool2d")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shrink(monkeypatch)
+        monkeypatch.setattr(throughput, "SETTINGS", {"eager": cases.MODES})
+        replaced(monkeypatch, "attention-pool2d", broken)
+        folder = tmp_path_factory.mktemp("pairs")
+        throughput.run(throughput.parse(asked(folder, "--providers", *chosen)))  # without its plots, which take longer
+    return folder / "throughput.json"
+
+
+def test_fused_poolers_stand_beside_their_originals(pairs):
+    result = results.read(pairs)
+    schema.validate(result)
+    rows = {(row["provider"], row["mode"]): row for row in result["rows"]}
+    assert len(rows) == 7 * 3  # the originals were added, and the naive version
+    one, other, naive = (rows[name, "forward"] for name in ("siglip-head", "fused-siglip-head", "naive"))
+    assert other["ratio"] == naive["median_ms"] / other["median_ms"] and "ours_ratio" not in other
+    ratio = one["median_ms"] / other["median_ms"]
+    printed = throughput.throughput_table(result)
+    line = next(line for line in printed.splitlines() if "SigLIP head, 1 probe, fused" in line)
+    assert line.split("*")[1].split()[5] == f"{ratio:.2f}"
+    page = sections.throughput(result)
+    assert page.count("| original ÷ it |") == 3 and f" | {ratio:.2f}× |\n" in page
+    section = sections.poolers(result)
+    blocks = zip(one["blocks_ms"], other["blocks_ms"], strict=True)
+    by_block = [statistics.median(a) / statistics.median(b) for a, b in blocks]
+    written = f"**{ratio:.2f}×** | {min(by_block):.2f}–{max(by_block):.2f}× |"
+    assert f"| {sections.number(one['median_ms'])} | {sections.number(other['median_ms'])} | {written}" in section
+    assert section.count("\n| ") == 2 + 2 * 3  # heads, rule, and the two pairs that were timed
+    assert "- No time for open_clip AttentionPool2d (forward, eager; " in section
+    figure = plots.times(result, [row for row in result["rows"] if "median_ms" in row])
+    assert f"{other['median_ms']:.2f} ms, {ratio:.2f}× original" in {text.get_text() for text in figure.axes[0].texts}
+    assert "by mvam_fast where it is fused" in figure.get_suptitle()
+
+
+def test_a_run_of_poolers_only_compiles_no_model_around_the_naive_version():
+    options = throughput.parse(["--device", "cpu", "--providers", "fused-siglip-head"])
+    assert options.providers == ["naive", "siglip-head", "fused-siglip-head"] and options.settings == ["eager"]
+    assert throughput.parse(["--device", "cpu"]).settings == ["eager", "compiled model"]
+
+
+def test_a_run_of_poolers_joins_that_of_the_op_and_does_not_take_its_place(measured, pairs, monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    for name, path, date in (("op", measured, "2026-01-01"), ("pairs", pairs, "2026-01-02")):
+        assert report.converters(tmp_path).startswith("Not measured yet: no complete result")
+        assert "original and fused" not in report.page(tmp_path, {})
+        content = results.read(path)
+        content["machine"]["date"] = f"{date}T00:00:00+00:00"
+        content["settings"]["quick"] = False
+        results.write(tmp_path / name / "throughput.json", "throughput", content)
+    found = report.newest(tmp_path)
+    assert {key: path.parent.name for key, (path, _) in found.items()} == {
+        ("throughput", "cpu"): "op", ("poolers", "cpu"): "pairs",
+    }  # fmt: skip
+    assert "### Other libraries' poolers, original and fused" in report.page(tmp_path, {})
+    section = report.converters(tmp_path)
+    assert "From [`pairs/throughput.json`](../pairs/throughput.json)" in section
+    assert "| open_clip AttentionalPooler: forward, eager |" in section
+
+
+@pytest.mark.parametrize("path", report.INSERTS, ids=lambda path: path.name)
+def test_measured_sections_say_what_the_results_say(path):
+    assert inserts.between(path) == report.INSERTS[path](results.FOLDER).strip("\n")
+
+
+def test_a_section_is_replaced_between_its_comments(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{inserts.BEGIN}\nold\n{inserts.END}\nafter\n")
+    inserts.replace(page, "| new |\n\nlines\n")
+    assert inserts.between(page) == "| new |\n\nlines"
+    assert page.read_text() == f"before\n{inserts.BEGIN}\n| new |\n\nlines\n{inserts.END}\nafter\n"
+    for text in ("", f"{inserts.END}{inserts.BEGIN}", 2 * f"{inserts.BEGIN}{inserts.END}", inserts.BEGIN):
+        page.write_text(text)
+        with pytest.raises(ValueError, match=r"page.md: <!-- measured: begin --> and .* once each"):
+            inserts.replace(page, "new")
 
 
 @pytest.fixture
