@@ -20,10 +20,11 @@ EXTRAS = {
     "train": TRAIN,
     "export": EXPORT,
     "trt": [*EXPORT, "tensorrt>=10.12,!=10.14.*,<12"],
-    "scale": [*TRAIN, "accelerate>=1.0", "webdataset>=0.2.80", "tensorboard>=2.14"],
+    # What open_clip's own training loop reads its data with.
+    "scale": [*TRAIN, "pandas>=2", "webdataset>=0.2.80", "fsspec>=2023.1"],
     "dev": [
         *EXPORT, "timm>=1.0.17", "transformers>=4.40", "pytest>=8", "hypothesis>=6.100", "jsonschema>=4.18",
-        "tritonclient[grpc]>=2.40", "ruff>=0.6", "setuptools>=70", "wheel",
+        "tritonclient[grpc]>=2.40", "pandas>=2", "webdataset>=0.2.80", "ruff>=0.6", "setuptools>=70", "wheel",
     ],
 }
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
@@ -71,7 +72,9 @@ class MultiViewPool(nn.Module):
             found["codes"] = self.codes @ self.key_projection.weight
         if self.scoring == "additive":  # its keys are made of the normalised tokens, so those must exist
             found["tokens"] = tokens = tokens if norm is None else norm(tokens)
-            found["keys"] = torch.tanh(self.key_projection(tokens))
+            projection = self.key_projection  # its parameters may be of higher precision than the encoder
+            weight, bias = projection.weight.to(tokens.dtype), projection.bias.to(tokens.dtype)
+            found["keys"] = torch.tanh(F.linear(tokens, weight, bias))
         elif norm is not None:
             found |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
         return found

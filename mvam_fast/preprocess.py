@@ -21,5 +21,6 @@ def tokenizer_of(text_cfg: dict):
     name = text_cfg.get("hf_tokenizer_name")
     if name:
         mode = text_cfg.get("tokenizer_mode")
-        return open_clip.HFTokenizer(name, context_length=length, tokenizer_mode=mode, **options)
+        tokenizer = require("open_clip.tokenizer", extra="train").HFTokenizer  # not among open_clip's own names
+        return tokenizer(name, context_length=length, tokenizer_mode=mode, **options)
     return open_clip.SimpleTokenizer(context_length=length, **options)

@@ -41,9 +41,9 @@ def pooling_flops(width: int, inner: int, heads: int, queries: int) -> Flops:
 
 def fold(queries: Tensor, key_weight: Tensor, heads: int) -> Tensor:
     """View codes [H·Q,D] of projected queries [Q,E] and W_k [E,D]; [B,H·Q,D] of queries [B,Q,E]."""
-    queries = queries.to(key_weight.dtype).unflatten(-1, (heads, -1))
-    key_weight = key_weight.unflatten(0, (heads, -1))
-    return torch.einsum("...qhe,hed->...hqd", queries, key_weight).flatten(-3, -2)
+    queries = queries.to(key_weight.dtype).unflatten(-1, (heads, -1)).movedim(-2, 0)  # [H,...,Q,E/H]
+    rows = queries.flatten(1, -2) @ key_weight.unflatten(0, (heads, -1))
+    return rows.unflatten(1, queries.shape[1:-1]).movedim(0, -3).flatten(-3, -2)
 
 
 def attend(
@@ -68,14 +68,20 @@ def attend(
         codes = fold(queries, key_weight, heads)
     codes = with_zero_gradient(codes, key_bias)
     pooled = pool(tokens, codes, mask=mask, scale=(queries.shape[-1] // heads) ** -0.5, **(norm or {}))
-    pooled = pooled.unflatten(1, (heads, -1))
-    values = torch.einsum("bhqd,hed->bqhe", pooled, value_weight.unflatten(0, (heads, -1))).flatten(2)
+    values = _by_head(pooled.unflatten(1, (heads, -1)), value_weight.unflatten(0, (heads, -1)))
     if value_bias is None:
         return values
     value_bias = value_bias.to(values.dtype)  # under autocast
     if mask is not None:  # the attention of a sample without a valid token sums to 0, not to 1
         value_bias = value_bias * mask.any(1)[:, None, None]
     return values + value_bias
+
+
+def _by_head(pooled: Tensor, value_weight: Tensor) -> Tensor:
+    """[B,Q,E] of pooled [B,H,Q,D] and W_v [H,E/H,D]: one product for each head, over all samples and queries."""
+    batch, heads, queries, _ = pooled.shape
+    values = pooled.transpose(0, 1).flatten(1, 2) @ value_weight.mT  # [H,B·Q,E/H]
+    return values.unflatten(1, (batch, queries)).permute(1, 2, 0, 3).flatten(2)
 
 
 def pool(tokens: Tensor, codes: Tensor, **options) -> Tensor:
