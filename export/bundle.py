@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,11 +67,17 @@ def read_manifest(bundle: str | Path, *, kind: str | None = None) -> dict:
         hint = "a newer mvam_fast wrote it: update" if newer else "export the checkpoint again"
         raise ValueError(f"bundle: {bundle} has format {found!r}; this version reads {FORMAT} ({hint})")
     lacking = [key for key in KEYS if key not in manifest]
-    towers, files = manifest.get("towers") or {}, manifest.get("files") or {}
-    lacking += [f"towers.{tower}" for tower in TOWERS if "file" not in towers.get(tower, {})]
+    towers, files = (value if isinstance(value, dict) else {} for value in map(manifest.get, ("towers", "files")))
+    lacking += [f"towers.{tower}" for tower in TOWERS if "file" not in (towers.get(tower) or {})]
     lacking += [f"files.{tower['file']}" for tower in towers.values() if tower.get("file") not in files]
+    lacking += ["device"] if manifest.get("kind") == "aoti" and "device" not in manifest else []
     if lacking:
         raise ValueError(f"bundle: {bundle / MANIFEST} lacks {', '.join(lacking)}")
+    if manifest["kind"] not in KINDS:
+        raise ValueError(f"bundle: {bundle} is of kind {manifest['kind']!r}; it must be one of {', '.join(KINDS)}")
+    outside = [name for name in files if Path(name).name != name]
+    if outside:
+        raise ValueError(f"bundle: {bundle / MANIFEST} names files outside of the bundle: {', '.join(outside)}")
     if kind is not None and manifest["kind"] != kind:
         raise ValueError(f"bundle: {bundle} is of kind {manifest['kind']!r}; it must be {kind!r}")
     return manifest
@@ -110,10 +117,11 @@ def new_bundle(out: str | Path) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     check_replaceable(out)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield temporary
+        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's are for their owner alone
         replace_folder(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -133,11 +141,17 @@ def replace_folder(temporary: Path, out: Path) -> None:
     if not out.exists():
         os.rename(temporary, out)
         return
-    aside = temporary.with_name(f"{temporary.name}.old")
+    aside = out.with_name(f"{temporary.name}.old")
     os.rename(out, aside)
     try:
         os.rename(temporary, out)
     except OSError:
         os.rename(aside, out)
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)  # the new one is in its place: nothing has failed
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)  # there is no way to ask but to set it
+    os.umask(mask)
+    return mask

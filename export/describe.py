@@ -25,6 +25,12 @@ def stamp(*packages: str) -> dict:
 
 def write_samples(found: Source, folder: Path, progress: bool) -> dict[str, np.ndarray]:
     """samples.safetensors: inputs, and what PyTorch makes of them in float32."""
+    weights = next(found.model.parameters())
+    if weights.device.type != "cpu" or weights.dtype != torch.float32:
+        raise ValueError(
+            f"source: the model is in {weights.dtype} on {weights.device}; exports start from float32 on the CPU, and "
+            "their precision is an option"
+        )
     if progress:
         print("embedding samples with PyTorch", file=sys.stderr, flush=True)
     pixels = samples.pictures(len(samples.SENTENCES), *found.image_size)

@@ -16,7 +16,10 @@ def quantize(path: Path) -> int:
     quantization = require("onnxruntime.quantization", extra="export")
     nodes = onnx.load(path, load_external_data=False).graph.node
     last = max((i for i, node in enumerate(nodes) if node.op_type == "LayerNormalization"), default=len(nodes))
-    left = [node.name for node in nodes[last:] if node.op_type in ("MatMul", "Gemm")]
+    products = [node for node in nodes if node.op_type in ("MatMul", "Gemm")]
+    # A pooled vector is projected before, by the weights of the views, which may not be in 8 bits in one place alone.
+    kept = {name for node in nodes[last:] if node in products for name in node.input[1:]}
+    left = [node.name for node in products if kept & set(node.input[1:])]
     target = path.with_suffix(".int8.onnx")
     quantization.quantize_dynamic(
         path, target, weight_type=quantization.QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"],

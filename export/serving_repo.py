@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from mvam_fast.export.bundle import TOWERS, check_files, read_manifest, replace_folder
@@ -39,18 +40,19 @@ def write_model_repository(bundle: str | Path, directory: str | Path) -> list[Pa
         config = target / "config.pbtxt"
         if target.exists() and not (config.is_file() and config.read_text().startswith(MARK)):
             raise ValueError(f"serving: {target} exists and was not written by mvam_fast; choose another folder")
-    for tower, target in targets.items():
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
+    directory.mkdir(parents=True, exist_ok=True)
+    # Outside: a server that polls the repository must not meet it. Both are made before either takes its place.
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as staging:
+        for tower, target in targets.items():
+            temporary = Path(staging) / target.name
             (temporary / "1").mkdir(parents=True)
             file = manifest["towers"][tower]["file"]
             shutil.copyfile(bundle / file, temporary / "1" / f"model{Path(file).suffix}")
             if (bundle / f"{file}.data").is_file():  # under the name by which the graph knows it
                 shutil.copyfile(bundle / f"{file}.data", temporary / "1" / f"{file}.data")
             (temporary / "config.pbtxt").write_text(config_text(tower, manifest), encoding="utf-8")
-            replace_folder(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        for target in targets.values():
+            replace_folder(Path(staging) / target.name, target)
     return list(targets.values())
 
 
@@ -68,7 +70,7 @@ def config_text(tower: str, manifest: dict) -> str:
         f"max_batch_size: {most}",
         _tensor("input", entry["input"], [*prefix, *row]),
         _tensor("output", entry["output"], [*prefix, *entry["output"]["shape"][1:]]),
-        f"instance_group [ {{ kind: {_instance(manifest)} count: 1 }} ]",
+        f"instance_group [ {{ {_instance(manifest, free)} }} ]",
     ]
     if most:
         preferred = ", ".join(str(size) for size in PREFERRED if size <= most)
@@ -85,16 +87,25 @@ def config_text(tower: str, manifest: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _profile(manifest: dict) -> int:
+    """The number of the profile that the server is to use: it has one limit for all batches, which begin at 1."""
+    profiles = manifest["engines"]["settings"]["profiles"]
+    fit = [number for number, profile in enumerate(profiles) if profile["min"] == 1]
+    if not fit:
+        raise ValueError(f"serving: the server forms batches from 1 on, and no profile of {profiles} has that")
+    return max(fit, key=lambda number: profiles[number]["max"])
+
+
 def _most(manifest: dict) -> int:
     if manifest["kind"] == "onnx":
         return MOST
-    return max(profile["max"] for profile in manifest["engines"]["settings"]["profiles"])
+    return manifest["engines"]["settings"]["profiles"][_profile(manifest)]["max"]
 
 
-def _instance(manifest: dict) -> str:
+def _instance(manifest: dict, free: bool) -> str:
     if manifest["kind"] == "trt":
-        return "KIND_GPU"
-    return "KIND_CPU" if manifest["precision"] == "int8" else "KIND_AUTO"
+        return "kind: KIND_GPU count: 1" + (f' profile: [ "{_profile(manifest)}" ]' if free else "")
+    return f"kind: {'KIND_CPU' if manifest['precision'] == 'int8' else 'KIND_AUTO'} count: 1"
 
 
 def _tensor(kind: str, entry: dict, dims: list[int]) -> str:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,14 +75,38 @@ def open_source(source: str | Path, *, pretrained: str | None = None, fuse_poole
     else:
         found = _open_clip_source(source, pretrained)
     if fuse_poolers:
-        from mvam_fast.converters import fuse_attention_poolers
-
-        found.origin["fused_poolers"] = list(fuse_attention_poolers(found.model))
+        _fuse(found)
     return found
 
 
+def given_source(source: str | Path | Source, pretrained: str | None, fuse_poolers: bool, progress: bool) -> Source:
+    """What an exporter was given: `open_source`, or a `Source` as it is."""
+    if not isinstance(source, Source):
+        if progress:
+            print(f"loading {source}", file=sys.stderr, flush=True)
+        return open_source(source, pretrained=pretrained, fuse_poolers=fuse_poolers)
+    if pretrained:
+        raise ValueError(f"pretrained is {pretrained!r}, but the source is a model in memory, which has its weights")
+    if fuse_poolers:
+        raise ValueError("fuse_poolers is for models that are opened here; call mvam_fast.fuse_attention_poolers first")
+    return source
+
+
+def _fuse(found: Source) -> None:
+    from mvam_fast.converters import fuse_attention_poolers
+
+    names = fuse_attention_poolers(found.model)
+    if not names:
+        left = "; ".join(f"{name}: {reason}" for name, reason in names.left_alone.items()) or "there are none"
+        raise ValueError(f"fuse_poolers: no attention pooler of this model can be fused ({left})")
+    found.origin["fused_poolers"] = list(names)
+
+
 def of_model(model: nn.Module, open_clip_config: dict | None) -> Source:
-    """A model in memory (MVAM, or open_clip's CLIP and CustomTextCLIP) with its {"model_cfg", "preprocess_cfg"}."""
+    """A model in memory (MVAM, or open_clip's CLIP and CustomTextCLIP) with its {"model_cfg", "preprocess_cfg"}.
+
+    It is put into eval mode. To be exported it must be in float32 and on the CPU.
+    """
     if open_clip_config is None:
         raise ValueError("open_clip_config is None; it must be {'model_cfg': ..., 'preprocess_cfg': ...}")
     for method in ("encode_image", "encode_text"):

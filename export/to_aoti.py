@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import platform
 import sys
 import warnings
 from pathlib import Path
@@ -23,10 +22,11 @@ from mvam_fast.export import samples
 from mvam_fast.export.bundle import TOWERS, ExportError, new_bundle, write_manifest
 from mvam_fast.export.command import add_source_arguments, summary
 from mvam_fast.export.describe import stamp, tower_entry, write_samples
-from mvam_fast.export.source import DTYPES, Source, Tower, open_source
+from mvam_fast.export.source import DTYPES, Source, Tower, given_source
 from mvam_fast.export.verify import check_parity
 
 from mvam_fast.dispatch import exporting_as
+from mvam_fast.serving.aoti_runner import cpu_here
 
 PRECISIONS = tuple(DTYPES)
 DEVICES = ("cpu", "cuda")
@@ -54,14 +54,12 @@ def export_bundle(
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but there is no CUDA GPU: packages are compiled where they will run")
     with new_bundle(out) as folder:
-        if progress:
-            print(f"loading {source}", file=sys.stderr, flush=True)
-        found = source if isinstance(source, Source) else open_source(
-            source, pretrained=pretrained, fuse_poolers=fuse_poolers
-        )  # fmt: skip
+        found = given_source(source, pretrained, fuse_poolers, progress)
         kept = write_samples(found, folder, progress)
         dtype = DTYPES[precision]
-        cast = dataclasses.replace(found, model=copy.deepcopy(found.model).to(device, dtype))
+        cast = found
+        if (device, dtype) != ("cpu", torch.float32):
+            cast = dataclasses.replace(found, model=copy.deepcopy(found.model).to(device, dtype))
         manifest = {
             "kind": "aoti", "precision": precision, "device": device, "compiled_for": compiled_for(device),
             "towers": {name: tower_entry(name, found, kept, f"{name}.pt2") for name in TOWERS},
@@ -81,7 +79,7 @@ def export_bundle(
 def compiled_for(device: str) -> dict:
     """What a package takes for granted of the machine it runs on."""
     if device == "cpu":
-        return {"cpu": torch.backends.cpu.get_cpu_capability(), "machine": platform.machine()}
+        return cpu_here()
     major, minor = torch.cuda.get_device_capability()
     return {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
 

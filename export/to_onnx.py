@@ -26,13 +26,12 @@ from mvam_fast.export.onnx_run import parity_of
 from mvam_fast.export.quantize import quantize
 from mvam_fast.export.recall import RecallData, recall_cost
 from mvam_fast.export.serving_repo import write_model_repository
-from mvam_fast.export.source import DTYPES, Source, Tower, open_source
+from mvam_fast.export.source import DTYPES, Source, Tower, given_source
 from mvam_fast.export.verify import BATCHES, check_half_arithmetic
 
 from mvam_fast._optional import require
 
-# Below this torch's exporter has no operators of its own, and a conversion that fails keeps 18 without an error.
-LOWEST_OPSET = 18
+LOWEST_OPSET = 20  # the first that has Gelu; below 19 Cast is another
 BF16_OPSET = 22  # the first whose Conv takes bfloat16
 POOLINGS = ("plain", "node")
 IMAGE_INPUTS = ("float", "uint8")
@@ -71,8 +70,12 @@ def export_bundle(
     Raises ExportError when a gate fails; `out` then is as it was before.
     """
     opset = _check(opset, precision, pooling, batch, image_input)
+    if recall is not None and precision == "bf16":
+        raise ValueError("recall cannot be measured in bf16: ONNX Runtime has no kernels for it on a CPU")
+    if external_data and precision == "int8":
+        raise ValueError("external_data is True, but an int8 graph is written as one file")
     with new_bundle(out) as folder:
-        found = source if isinstance(source, Source) else _open(source, pretrained, fuse_poolers, progress)
+        found = given_source(source, pretrained, fuse_poolers, progress)
         kept = write_samples(found, folder, progress)
         cast, dtype = found, DTYPES.get(precision, torch.float32)
         if dtype != torch.float32:
@@ -129,12 +132,6 @@ def _check(opset: int | None, precision: str, pooling: str, batch: int | None, i
     if batch is not None and batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1, or None for any")
     return opset
-
-
-def _open(source, pretrained, fuse_poolers, progress) -> Source:
-    if progress:
-        print(f"loading {source}", file=sys.stderr, flush=True)
-    return open_source(source, pretrained=pretrained, fuse_poolers=fuse_poolers)
 
 
 def main(arguments: list[str] | None = None) -> int:

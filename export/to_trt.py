@@ -70,9 +70,11 @@ def settings_for(manifest: dict, batch: list[str] | None, **options) -> Settings
     """`options` are those of `Settings`, less the profiles: these follow from `batch` and from what the graphs take."""
     rows = {manifest["towers"][tower]["input"]["shape"][0] for tower in TOWERS} - {"batch"}
     settings = Settings(profiles_for(batch, min(rows, default=None)), **options)
-    if settings.plugin and "node" not in (manifest.get("pooling") or {}).values():
+    plain = [tower for tower in TOWERS if (manifest.get("pooling") or {}).get(tower) != "node"]
+    if settings.plugin and plain:
         raise ValueError(
-            "plugin: the source pools by plain operators, for which there is no plugin; make one with the node: "
+            f"plugin: {' and '.join(plain)} of the source pool by plain operators, for which there is no plugin; make "
+            "one with the node: "
             "python export/to_onnx.py CHECKPOINT --out BUNDLE --precision fp16 --pooling node"
         )
     return settings
@@ -125,7 +127,8 @@ def build_bundle(bundle: Path, manifest: dict, out: Path, settings: Settings, de
             towers[tower] = {**entry, "file": f"{tower}.plan"}
             _say(f"building {tower}.plan, which takes minutes")
             began = time.monotonic()
-            (folder / f"{tower}.plan").write_bytes(build_engine(bundle / entry["file"], settings, trt))
+            with _plugin_is_asked(tower) if settings.plugin else contextlib.nullcontext():
+                (folder / f"{tower}.plan").write_bytes(build_engine(bundle / entry["file"], settings, trt))
             seconds[tower] = round(time.monotonic() - began, 1)
         graphs = {name: digest for name, digest in manifest["files"].items() if name != SAMPLES}
         for name in (SAMPLES, *(graphs if settings.strip else ())):
@@ -174,6 +177,18 @@ def _register_plugin(settings: Settings, trt, device: int) -> None:
         _say(f"warning: plugin: {caution}")
     major, minor = torch.cuda.get_device_capability(device)
     plugin.register(10 * major + minor, hardware_compatible=settings.hardware_compatibility == "ampere+")
+
+
+@contextlib.contextmanager
+def _plugin_is_asked(tower: str):
+    """ExportError unless TensorRT asks for the kernel meanwhile: it takes the node's function body without a word."""
+    from mvam_fast.kernels.plugin_ptx import plugin_ptx
+
+    before = plugin_ptx.cache_info()
+    yield
+    after = plugin_ptx.cache_info()
+    if before.hits + before.misses == after.hits + after.misses:
+        raise ExportError(f"plugin: TensorRT did not take it for the {tower} encoder, but the node's function body")
 
 
 def _export(source: str, options: argparse.Namespace, folder: Path) -> Path:

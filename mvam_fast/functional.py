@@ -67,7 +67,8 @@ def multi_view_pool(
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias, "norm_eps": norm_eps}
     with autocast_off(tokens.device.type):
         if path.forward == "reference":
-            form = graph_form()
+            # Only what is traced: another thread may pool real tensors while this process exports.
+            form = graph_form() if type(tokens) not in (Tensor, torch.nn.Parameter) else None
             if form is not None and keys is None and codes.dim() == 2 and not need_gram:
                 normalised = reference.normalise(tokens, None, norm_weight, norm_bias, norm_eps)
                 valid = reference.valid_tokens(tokens, lengths, mask)

@@ -19,6 +19,8 @@ def tokenizer_of(text_cfg: dict):
     length = text_cfg.get("context_length") or 77
     options = text_cfg.get("tokenizer_kwargs") or {}
     name = text_cfg.get("hf_tokenizer_name")
+    if "trust_remote_code" in options:  # a configuration is data, and may come from anywhere
+        raise ValueError("tokenizer_kwargs holds trust_remote_code; a configuration must not ask to run code")
     if name:
         mode = text_cfg.get("tokenizer_mode")
         tokenizer = require("open_clip.tokenizer", extra="train").HFTokenizer  # not among open_clip's own names

@@ -88,6 +88,10 @@ def test_what_cannot_be_read_is_named(tmp_path):
         (json.dumps(whole | {"format": 1}), r"has format 1; .* \(export the checkpoint again"),
         (json.dumps(whole | {"files": {}}), "lacks files.image.onnx, files.text.onnx"),  # would skip the hashes
         (json.dumps(whole | {"towers": {}}), "lacks towers.image, towers.text"),
+        (json.dumps(whole | {"towers": []}), "lacks towers.image, towers.text"),
+        (json.dumps(whole | {"kind": "zip"}), "is of kind 'zip'; it must be one of onnx, aoti, trt"),
+        (json.dumps(whole | {"kind": "aoti"}), "lacks device"),
+        (json.dumps(whole | {"files": whole["files"] | {"../x": ""}}), "names files outside of the bundle: ../x"),
         *((json.dumps({k: v for k, v in whole.items() if k != lost}), f"lacks .*{lost}") for lost in bundle.KEYS),
     ):
         path.write_text(text)

@@ -58,7 +58,7 @@ def test_packages_of_another_machine_or_torch_are_refused(tmp_path):
     describe(tmp_path, device="cpu", versions={"torch": "1.0"})
     with pytest.raises(RuntimeError, match="was compiled with torch 1.0 and does not load with"):
         Encoder.load(tmp_path)
-    for found in ({"machine": "abacus"}, {"cpu": "AVX9999"}):
+    for found in ({"machine": "abacus"}, {"instructions": ["avx9999"]}):
         describe(tmp_path, device="cpu", compiled_for=found)
         with pytest.raises(RuntimeError, match="was compiled for another machine: it needs .*; export it here"):
             Encoder.load(tmp_path)

@@ -29,7 +29,7 @@ def test_a_bundle_of_packages_gives_the_vectors_of_pytorch(checkpoint, tmp_path,
     report = to_aoti.export_bundle(checkpoint, tmp_path / "bundle", progress=False)
     assert report == read_manifest(tmp_path / "bundle", kind="aoti")
     assert set(report["files"]) == {"image.pt2", "text.pt2", "samples.safetensors"}
-    assert report["pooling"] == {"image": "plain", "text": "plain"} and report["compiled_for"]["cpu"]
+    assert report["pooling"] == {"image": "plain", "text": "plain"} and report["compiled_for"]["machine"]
     for tower in ("image", "text"):
         assert set(report["parity"][tower]) == {"1", "3", "8", "17"}
         assert all(row["max_abs"] <= 1e-5 for row in report["parity"][tower].values())

@@ -1,6 +1,7 @@
 """Export to ONNX: every form of it agrees with PyTorch, and what does not agree leaves no bundle."""
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from mvam_fast.export import bundle, samples, source, to_onnx, verify
 from mvam_fast.export.bundle import ExportError, read_manifest
 from mvam_fast.export.graph import write_graph
 from mvam_fast.export.lint import check_graph
+from mvam_fast.export.pool_node import NodeForm
 from mvam_fast.export.recall import RecallData
 from PIL import Image
 
 from mvam_fast import MVAM, functional, get_tokenizer
+from mvam_fast.dispatch import exporting_as
 from mvam_fast.preprocess import eval_transform
 from mvam_fast.retrieval.scenes import make_scenes
 
@@ -29,9 +32,9 @@ VARIANTS = {
     "single bf16": ("single", {"precision": "bf16"}),
     "additive, opset 23": ("additive", {"opset": 23, "pooling": "node"}),
     "node": ("views", {"pooling": "node"}),
-    "node fp16": ("global", {"pooling": "node", "precision": "fp16"}),
+    "node fp16": ("global", {"pooling": "node", "precision": "fp16", "image_input": "uint8"}),
     "pixels, three at a time": ("views", {"image_input": "uint8", "batch": 3, "external_data": True}),
-    "int8": ("views", {"precision": "int8"}),
+    "int8": ("global", {"precision": "int8"}),
 }
 
 
@@ -233,7 +236,7 @@ def test_a_failed_gate_leaves_the_older_bundle_as_it_was(bundles, checkpoints, t
     out = tmp_path / "bundle"
     shutil.copytree(bundles[0] / "views", out)
     before = contents(out)
-    monkeypatch.setitem(verify.LIMITS, "fp32", verify.Limits(0.0, 0.9999, 1e-5))
+    monkeypatch.setitem(verify.LIMITS, "fp32", verify.Limits(0.0, 0.9999, 1e-3))
     assert to_onnx.main([str(checkpoints / "single"), "--out", str(out)]) == 1
     told = capsys.readouterr().err
     assert "to_onnx: error: image.onnx disagrees with PyTorch" in told and "allowed are max_abs ≤ 0.0" in told
@@ -243,13 +246,16 @@ def test_a_failed_gate_leaves_the_older_bundle_as_it_was(bundles, checkpoints, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"opset": 12}, "opset is 12; it must be from 18 to"), ({"opset": 999}, "opset is 999; it must be from 18 to"),
+        ({"opset": 18}, "opset is 18; it must be from 20 to"), ({"opset": 999}, "opset is 999; it must be from 20 to"),
         ({"opset": 20, "precision": "bf16"}, "opset is 20; bfloat16 needs 22"),
         ({"precision": "fp8"}, "precision is 'fp8'; it must be one of fp32"),
         ({"pooling": "magic"}, "pooling is 'magic'; it must be one of plain, node"),
         ({"image_input": "jpeg"}, "image_input is 'jpeg'; it must be one of float, uint8"),
         ({"batch": 0}, "batch is 0; it must be at least 1"),
         ({"pretrained": "openai"}, "has its own weights"),
+        ({"precision": "int8", "external_data": True}, "an int8 graph is written as one file"),
+        ({"precision": "bf16", "recall": RecallData("data", "images")}, "recall cannot be measured in bf16"),
+        ({"fuse_poolers": True}, "no attention pooler of this model can be fused .there are none"),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(options, message, checkpoints, tmp_path):
@@ -273,6 +279,40 @@ def test_a_source_that_is_none_is_named(checkpoints, tmp_path, capsys):
     (tmp_path / "newer" / "mvam_config.json").write_text(json.dumps({**config, "format": 2, "mvam_fast": "9.0"}))
     with pytest.raises(ValueError, match="has format 2, written by mvam_fast 9.0.*update mvam_fast"):
         to_onnx.export_bundle(tmp_path / "newer", tmp_path / "bundle")
+
+
+def test_a_model_in_memory_is_exported_as_it_is_or_refused(checkpoints, tmp_path):
+    model = MVAM.from_pretrained(checkpoints / "views")
+    found = source.of_model(model, model.open_clip_config)
+    with pytest.raises(ValueError, match="pretrained is 'openai', but the source is a model in memory"):
+        to_onnx.export_bundle(found, tmp_path / "bundle", pretrained="openai")
+    with pytest.raises(ValueError, match="fuse_poolers is for models that are opened here"):
+        to_onnx.export_bundle(found, tmp_path / "bundle", fuse_poolers=True)
+    model.half()
+    with pytest.raises(ValueError, match="source: the model is in torch.float16 on cpu; exports start from float32"):
+        to_onnx.export_bundle(found, tmp_path / "bundle", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pooling_in_another_thread_is_itself_while_a_graph_is_exported(checkpoints):
+    """Whether something is being exported is a fact about the process, not about the thread that pools."""
+    tokens, codes = torch.randn(2, 7, 96), torch.randn(4, 96)
+    expected = functional.multi_view_pool(tokens, codes, need_gram=False)[0]
+    found = []
+
+    class Pool(torch.nn.Module):
+        def forward(self, given):
+            other = threading.Thread(
+                target=lambda: found.append(functional.multi_view_pool(tokens, codes, need_gram=False)[0])
+            )
+            other.start(), other.join()
+            return functional.multi_view_pool(given, codes, need_gram=False)[0]
+
+    form = NodeForm()
+    with exporting_as(form), torch.no_grad():
+        torch.export.export(Pool(), (torch.randn(2, 7, 96),), strict=False)
+    assert form.found == ["node"]
+    torch.testing.assert_close(found[0], expected)
 
 
 def test_a_tower_that_torch_cannot_export_is_told_as_such(checkpoints, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,11 @@ def test_clips_own_tokenizer_at_any_length():
     assert ids.shape == (3, 9) and torch.equal(ids, open_clip.SimpleTokenizer(context_length=9)(TEXTS))
 
 
+def test_a_configuration_cannot_ask_to_run_code():
+    with pytest.raises(ValueError, match="tokenizer_kwargs holds trust_remote_code"):
+        tokenizer_of({"hf_tokenizer_name": "someone/else", "tokenizer_kwargs": {"trust_remote_code": True}})
+
+
 def test_a_tokenizer_of_hugging_face_by_name_or_folder(tmp_path):
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
     words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *"a red circle two dogs run".split()])}

@@ -25,6 +25,8 @@ def manifest_of(kind="onnx", batch="batch", pixels=False, **more):
         "preprocess": {"size": 64, "mean": [0.5, 0.5, 0.5], "interpolation": 'bi"cubic\\'},
         "towers": {name: tower(name) for name in ROWS}, **more,
     }  # fmt: skip
+    if kind == "aoti":
+        manifest["device"] = "cpu"
     if kind == "trt":
         profiles = [{"min": 1, "opt": 1, "max": 1}, {"min": 1, "opt": 8, "max": 48}]
         manifest["engines"] = {"settings": {"profiles": profiles}}
@@ -70,8 +72,16 @@ def test_configurations_fit_the_servers_schema(kind, tower):
         assert list(value.dims) == list(given.dims) and value.data_type == given.data_type
         assert value.zero_data if tower == "text" else value.random_data
     assert config.optimization.cuda.graphs == (kind == "trt")
+    assert list(config.instance_group[0].profile) == (["1"] if kind == "trt" else [])
     assert json.loads(config.parameters["preprocess"].string_value) == manifest_of()["preprocess"]
     assert config.parameters["precision"].string_value == "fp16"
+
+
+def test_engines_that_take_no_single_sample_cannot_be_batched_by_the_server():
+    manifest = manifest_of("trt")
+    manifest["engines"]["settings"]["profiles"] = [{"min": 8, "opt": 8, "max": 64}]
+    with pytest.raises(ValueError, match="serving: the server forms batches from 1 on"):
+        config_text("image", manifest)
 
 
 def test_a_fixed_batch_is_told_in_full_and_not_batched():

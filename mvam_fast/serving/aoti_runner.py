@@ -7,8 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# What a CPU of the first kind runs besides its own; elsewhere the instructions must be the same.
-_ALSO_RUNS = {"AVX512": ("AVX2", "DEFAULT"), "AVX2": ("DEFAULT",)}
+# Instructions that a compiler uses where it may use all that the CPU has, as AOTInductor lets it.
+_INSTRUCTIONS = ("avx", "amx", "fma", "f16c", "bmi", "sse4", "sve", "asimd", "vaes", "gfni")
+
+
+def cpu_here() -> dict:
+    """What a package that is compiled here may take for granted: {"machine", "instructions"}."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    line = next((line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), "")
+    found = sorted(flag for flag in line.partition(":")[2].split() if flag.startswith(_INSTRUCTIONS))
+    return {"machine": platform.machine(), "instructions": found}
 
 
 class AotiRunner:
@@ -49,8 +60,10 @@ def _obstacle(compiled_for: dict, device: torch.device) -> str:
         here = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
         there = f"compute capability {compiled_for.get('compute_capability')}"
         fits = "compute_capability" not in compiled_for or here == there
-    else:
-        machine, kind = platform.machine(), torch.backends.cpu.get_cpu_capability()
-        here, there = f"{machine} {kind}", f"{compiled_for.get('machine', machine)} {compiled_for.get('cpu', kind)}"
-        fits = there in (here, *(f"{machine} {older}" for older in _ALSO_RUNS.get(kind, ())))
-    return "" if fits else f"it needs {there}, here is {here}"
+        return "" if fits else f"it needs {there}, here is {here}"
+    here = cpu_here()
+    machine = compiled_for.get("machine", here["machine"])
+    if machine != here["machine"]:
+        return f"it needs {machine}, here is {here['machine']}"
+    missing = sorted(set(compiled_for.get("instructions", ())) - set(here["instructions"]))
+    return f"it needs the instructions {', '.join(missing)}" if missing else ""

@@ -49,6 +49,8 @@ def choose(path: Path, manifest: dict, backend: str, device: str | torch.device 
         chosen, reason = _for_onnx(wish, manifest["precision"])
     else:
         chosen, reason = can[0], f"nothing else runs a {kind if kind == CHECKPOINT else f'bundle of kind {kind!r}'}"
+    if chosen == "onnxruntime-cpu" and manifest["precision"] == "bf16":
+        raise RuntimeError(f"{path} is in bf16, for which ONNX Runtime has no kernels on a CPU; use a GPU or fp16")
     needed, why = _device_type(chosen, manifest, wish)
     if wish is not None and wish.type != needed:
         raise ValueError(f"device is {str(device)!r}, but {why}")

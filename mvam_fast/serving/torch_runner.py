@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..export.bundle import INPUT_NAMES, OUTPUT_NAMES
-from ..export.source import DTYPES, of_model
+from ..export.source import of_model
 from ..model import MVAM, WEIGHTS
 
 
 class TorchRunner:
-    """An MVAM model as it is, in the dtype of its weights.
+    """An MVAM model in PyTorch, in float32.
 
     Attributes:
         manifest: what bundle.json would say of it, less the files.
@@ -35,18 +35,17 @@ class TorchRunner:
 
 
 def _manifest(model: MVAM, checkpoint: Path) -> dict:
-    dtype = next(model.clip.visual.parameters()).dtype
     source = of_model(model, model.open_clip_config)
     source.origin = {"checkpoint": checkpoint.name}
     facts = source.facts(model.num_vectors * model.open_clip_config["model_cfg"]["embed_dim"])
     inputs = {
-        "image": {"dtype": str(dtype)[6:], "shape": ["batch", 3, *source.image_size]},
+        "image": {"dtype": "float32", "shape": ["batch", 3, *source.image_size]},
         "text": {"dtype": "int64", "shape": ["batch", facts["tokenizer"]["context_length"]]},
     }
     output = {"dtype": "float32", "shape": ["batch", facts["embedding_width"]]}
     return {
         "kind": "checkpoint",
-        "precision": next(name for name, known in DTYPES.items() if known == dtype),
+        "precision": "fp32",
         "towers": {
             tower: {
                 "file": WEIGHTS,
