@@ -1,26 +1,25 @@
-"""MVAM: multi-view pooling over both towers of an open_clip model."""
+"""MVAM: multi-view pooling over both towers of a two-stream model."""
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import encoders, hf_files, towers
 from ._optional import require
+from .encoders import OPEN_CLIP_CONFIG
 from .files import atomic, read_json, write_json
 from .pooling import MultiViewPool
 from .preprocess import tokenizer_of
-from .towers import image_tower, text_tower
 from .version import __version__
 
-OPEN_CLIP_CONFIG = "open_clip_config.json"  # open_clip's own name: the folder is also a "local-dir:" of open_clip
 MVAM_CONFIG = "mvam_config.json"
 WEIGHTS = "model.safetensors"
-FORMAT = 1  # of what save_pretrained writes
+FORMATS = (1, 2)  # of what save_pretrained writes: 1 for an encoder of open_clip, 2 where "encoder" says what it is
 
 
 class MVAM(nn.Module):
@@ -31,8 +30,9 @@ class MVAM(nn.Module):
     unchanged.
 
     Args:
-        clip: an open_clip `CLIP` or `CustomTextCLIP` from open_clip's factory. It is used through its own modules and
-            neither copied nor changed.
+        clip: an open_clip `CLIP` or `CustomTextCLIP` from open_clip's factory, or a `CLIPModel`, `MetaClip2Model`,
+            `SiglipModel` or `Siglip2Model` of transformers. It is used through its own modules and neither copied nor
+            changed. docs/models.md says what is taken from each.
         num_views: M. 0 (only with `global_view`) is the single-vector model itself, the baseline to compare with.
         global_view: keep the encoder's own pooled vector g as one more view and let the learned views v_i enter as
             g + γ_i (v_i − g), with gates γ that start at 0. All vectors then start equal to g, so a freshly wrapped
@@ -41,12 +41,14 @@ class MVAM(nn.Module):
             towers' gates, whose gradient at 0 is exactly 0.)
         scoring, key_dim, backend: see `MultiViewPool`.
         open_clip_config: {"model_cfg": ..., "preprocess_cfg": ...}, what `save_pretrained` needs to rebuild the
-            encoder; `create_model_and_transforms` fills it in.
+            encoder of open_clip; `create_model_and_transforms` fills it in.
+        image_tower, text_tower: encoders of your own, each an `nn.Module` that is a `towers.TowerAdapter`: both instead
+            of a `clip`, or one of them instead of the one that `clip` has.
     """
 
     def __init__(
         self,
-        clip: nn.Module,
+        clip: nn.Module | None = None,
         num_views: int = 16,
         *,
         global_view: bool = False,
@@ -54,18 +56,32 @@ class MVAM(nn.Module):
         key_dim: int | None = None,
         backend: str = "auto",
         open_clip_config: dict | None = None,
+        image_tower: nn.Module | None = None,
+        text_tower: nn.Module | None = None,
     ):
         super().__init__()
         if num_views < 0 or (num_views == 0 and not global_view):
             raise ValueError(f"num_views is {num_views}; it must be at least 1, or 0 together with global_view=True")
-        self.clip = clip
-        self.image_tower, self.text_tower = image_tower(clip), text_tower(clip)
+        own = {"image_tower": image_tower, "text_tower": text_tower}
+        self.own_towers = [name for name, tower in own.items() if tower is not None]
+        if clip is None and len(self.own_towers) < 2:
+            missing = " and ".join(name for name in own if name not in self.own_towers)
+            raise ValueError(f"clip is None, and {missing} too; without a clip both towers must be given")
+        if clip is not None and len(self.own_towers) == 2:
+            raise ValueError(f"clip is a {type(clip).__name__}, of which both towers leave nothing; leave it out")
+        self.library = None if clip is None else towers.library_of(clip)
+        found = {
+            name: getattr(towers, name)(clip) if tower is None else towers.own_tower(tower, name)
+            for name, tower in own.items()
+        }
+        device = next((image_tower if clip is None else clip).parameters(), torch.tensor(0)).device
+        self.clip = towers.Temperature().to(device) if clip is None else clip
+        self.image_tower, self.text_tower = found["image_tower"], found["text_tower"]
         self.num_views, self.global_view = num_views, global_view
         self.open_clip_config = open_clip_config
         self._settings = {
             "num_views": num_views, "global_view": global_view, "scoring": scoring, "key_dim": key_dim,
         }
-        device = next(clip.parameters()).device
         self.image_pool = self.text_pool = self.image_gates = self.text_gates = None
         if num_views:
             settings = {"scoring": scoring, "key_dim": key_dim, "backend": backend, "device": device}
@@ -84,19 +100,40 @@ class MVAM(nn.Module):
     def logit_scale(self) -> nn.Parameter:
         return self.clip.logit_scale
 
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """Preprocessed images [B,3,H,W] → [B, num_vectors·E]."""
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        return getattr(self.clip, "logit_bias", None)
+
+    def encode_image(self, images: Tensor | Mapping, normalize: bool = False) -> Tensor:
+        """Preprocessed images [B,3,H,W] → [B, num_vectors·E]. What an image processor of transformers returns will do
+        too."""
         return self._encode(self.image_tower, self.image_pool, self.image_gates, images, normalize)[0]
 
-    def encode_text(self, token_ids: Tensor, normalize: bool = False) -> Tensor:
-        """Token ids [B,L] → [B, num_vectors·E]. Tokens after the end-of-text token never take part."""
+    def encode_text(self, token_ids: Tensor | Mapping, normalize: bool = False) -> Tensor:
+        """Token ids [B,L] → [B, num_vectors·E]. Tokens after the end-of-text token never take part. What a tokenizer of
+        transformers returns will do too."""
         return self._encode(self.text_tower, self.text_pool, self.text_gates, token_ids, normalize)[0]
+
+    def get_image_features(self, pixel_values: Tensor, **inputs: Tensor | None) -> Tensor:
+        """`encode_image` by the name and arguments of transformers; as there, not normalised.
+
+        Returns a tensor [B, num_vectors·E], as transformers did up to version 4; version 5 returns it in an output, as
+        `.pooler_output`.
+        """
+        return self.encode_image(_given(pixel_values=pixel_values, **inputs))
+
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor | None
+    ) -> Tensor:
+        """`encode_text` by the name and arguments of transformers; as there, not normalised. Returns as
+        `get_image_features`."""
+        return self.encode_text(_given(input_ids=input_ids, attention_mask=attention_mask, **inputs))
 
     def forward(self, images: Tensor | None = None, token_ids: Tensor | None = None) -> dict[str, Tensor | None]:
         """Everything a loss needs: normalised features, the temperature, and Gram matrices [B,M,M] (None if M = 0)."""
-        output = {"image_features": None, "text_features": None, "logit_scale": self.clip.logit_scale.exp()}
-        if getattr(self.clip, "logit_bias", None) is not None:
-            output["logit_bias"] = self.clip.logit_bias
+        output = {"image_features": None, "text_features": None, "logit_scale": self.logit_scale.exp()}
+        if self.logit_bias is not None:
+            output["logit_bias"] = self.logit_bias
         output["image_gram"] = output["text_gram"] = None
         if images is not None:
             output["image_features"], output["image_gram"] = self._encode(
@@ -110,6 +147,8 @@ class MVAM(nn.Module):
 
     def _encode(self, tower, pool, gates, inputs, normalize, need_gram=False) -> tuple[Tensor, Tensor | None]:
         tokens = tower.tokens(inputs, need_pooled=self.global_view)
+        if self.global_view and tokens.pooled is None:
+            raise ValueError(f"global_view is True, but the {type(tower).__name__} has no pooled vector of its own")
         vectors, gram = [], None
         if self.global_view:
             vectors.append(tokens.pooled[:, None])
@@ -140,69 +179,150 @@ class MVAM(nn.Module):
         return pool.attention(tokens.hidden, lengths=tokens.lengths, mask=tokens.mask, norm=tokens.norm)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.clip.set_grad_checkpointing(enable)
+        """Trades time for memory in both encoders, each in its library's way."""
+        for name in [*self.own_towers, *(["clip"] if self.library else [])]:
+            _set_checkpointing(getattr(self, name), enable, name)
+
+    def lock_image_tower(self, *args, **kwargs) -> None:
+        """Freezes the image encoder as open_clip does (arguments as there); view codes and gates go on learning."""
+        self._lock("image_tower", *args, **kwargs)
+
+    def lock_text_tower(self, *args, **kwargs) -> None:
+        """Freezes the text encoder as open_clip does (arguments as there); view codes and gates go on learning."""
+        self._lock("text_tower", *args, **kwargs)
+
+    def _lock(self, tower: str, *args, **kwargs) -> None:
+        if self.library != "open_clip" or tower in self.own_towers:
+            raise ValueError(
+                f"lock_{tower} is for towers of open_clip, and this one is a {type(getattr(self, tower)).__name__}; "
+                "freeze its parameters with requires_grad_(False)"
+            )
+        getattr(self.clip, f"lock_{tower}")(*args, **kwargs)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that training should not decay: the encoder's own, the view codes and the gates."""
-        own = {name for name, _ in self.named_parameters() if name.endswith((".codes", "_gates"))}
-        encoder = self.clip.no_weight_decay() if hasattr(self.clip, "no_weight_decay") else set()
-        return own | {f"clip.{name}" for name in encoder}
+        spared = {name for name, _ in self.named_parameters() if name.endswith((".codes", "_gates"))}
+        for name in ["clip", *self.own_towers]:
+            spared |= {f"{name}.{inner}" for inner in towers.no_weight_decay(getattr(self, name))}
+        return spared
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config and weights (safetensors) into `folder`; `from_pretrained` reads them back."""
-        if self.open_clip_config is None:
-            raise ValueError(
-                "open_clip_config is None, so the encoder could not be rebuilt; pass it to MVAM, "
-                "or build the model with mvam_fast.create_model_and_transforms"
-            )
-        save_file = require("safetensors.torch", extra="train").save_file
+    def save_config(self, folder: str | Path) -> None:
+        """Writes the JSON files that say how to build the model: those that `from_pretrained` reads besides weights."""
         folder = Path(folder)
-        write_json(folder / OPEN_CLIP_CONFIG, self.open_clip_config)
-        write_json(folder / MVAM_CONFIG, {"format": FORMAT, **self._settings, "mvam_fast": __version__})
+        encoders.write_config(folder, self.library, self.clip, self.open_clip_config)
+        encoder = {"library": self.library, "own_towers": self.own_towers}
+        kind = {"format": 1} if encoder == _OPEN_CLIP_ENCODER else {"format": 2, "encoder": encoder}
+        write_json(folder / MVAM_CONFIG, {**kind, **self._settings, "mvam_fast": __version__})
+
+    def save_pretrained(self, folder: str | Path, *, processor=None, image_processor=None, tokenizer=None) -> None:
+        """Writes config and weights (safetensors) into `folder`; `from_pretrained` reads them back.
+
+        For an encoder of open_clip, also the files by which transformers' AutoImageProcessor, AutoTokenizer and
+        AutoProcessor read the folder, where such files can say what the model needs. For others give them:
+
+        Args:
+            processor, image_processor, tokenizer: objects of transformers that are written into the folder too, by
+                their own `save_pretrained`.
+        """
+        save_file = require("safetensors.torch", extra="train").save_file
+        given = {"processor": processor, "image_processor": image_processor, "tokenizer": tokenizer}
+        given = {name: tool for name, tool in given.items() if tool is not None}
+        for name, tool in given.items():
+            if not hasattr(tool, "save_pretrained"):
+                raise TypeError(f"{name} is {type(tool).__name__}, without save_pretrained; it must be of transformers")
+        folder = Path(folder)
+        self.save_config(folder)
+        if self.library == "open_clip":
+            hf_files.write_open_clip(folder, self.open_clip_config, self.own_towers)
+        for tool in given.values():
+            tool.save_pretrained(folder)
+        weights, kept = {}, set()
+        for name, tensor in self.state_dict().items():
+            memory = tensor.untyped_storage().data_ptr()  # what two names share, the file holds twice
+            weights[_stored_name(self, name)] = tensor.clone() if memory in kept else tensor.contiguous()
+            kept.add(memory)
         with atomic(folder / WEIGHTS) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary)
+            save_file(weights, temporary, metadata={"format": "pt"})  # transformers 4 insists on being told
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu", backend: str = "auto") -> MVAM:
-        """The model that `save_pretrained` wrote, in eval mode."""
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        backend: str = "auto",
+        image_tower: nn.Module | None = None,
+        text_tower: nn.Module | None = None,
+    ) -> MVAM:
+        """The model that `save_pretrained` wrote, in float32 and in eval mode.
+
+        `image_tower`, `text_tower`: towers of your own, as they were when the model was made. Their weights are read
+        from the folder.
+        """
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"folder: no such folder: {folder}")
         settings = _settings_of(folder)
-        config = read_json(folder / OPEN_CLIP_CONFIG, "folder")
-        open_clip = require("open_clip", extra="train")
-        with _no_weights_yet():
-            clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
-        model = cls(clip, backend=backend, open_clip_config=config, **settings)
+        encoder = settings.pop("encoder")
+        own = {"image_tower": image_tower, "text_tower": text_tower}
+        given = [name for name, tower in own.items() if tower is not None]
+        if given != encoder["own_towers"]:
+            raise ValueError(
+                f"folder: the model in {folder} has {_listed(encoder['own_towers'])} of its user's own, and "
+                f"{_listed(given)} given to from_pretrained; it needs just those that the model has"
+            )
+        clip, open_clip_config = encoders.build(folder, encoder["library"])
+        model = cls(clip, backend=backend, open_clip_config=open_clip_config, **own, **settings)
         load_weights(model, folder / WEIGHTS)
         return model.to(device).eval()
 
 
+def _given(**inputs: Tensor | None) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in inputs.items() if tensor is not None}
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(names) or "no tower"
+
+
+def _set_checkpointing(module: nn.Module, enable: bool, name: str) -> None:
+    if hasattr(module, "set_grad_checkpointing"):
+        module.set_grad_checkpointing(enable)
+        return
+    for library_name in ("activation_checkpointing", "gradient_checkpointing"):  # transformers' newer one and older
+        method = getattr(module, f"{library_name}_{'enable' if enable else 'disable'}", None)
+        if method is not None:
+            method(*([{"use_reentrant": False}] if enable else []))
+            return
+    raise ValueError(
+        f"{name} is a {type(module).__name__} with neither set_grad_checkpointing nor gradient_checkpointing_enable"
+    )
+
+
+_OPEN_CLIP_ENCODER = {"library": "open_clip", "own_towers": []}
+
+
 def _settings_of(folder: Path) -> dict:
-    """The arguments of MVAM that a checkpoint names; ValueError where a newer version wrote it."""
+    """The arguments of MVAM that a checkpoint names, and its "encoder"; ValueError where a newer version wrote it."""
     settings = read_json(folder / MVAM_CONFIG, "folder")
     written_by = settings.pop("mvam_fast", None)
     found = settings.pop("format", 1)  # the first checkpoints did not say
-    if found != FORMAT:
+    if found == 1:
+        settings["encoder"] = _OPEN_CLIP_ENCODER
+    known = isinstance(settings.get("encoder"), dict) and settings["encoder"].get("library") in encoders.LIBRARIES
+    if found not in FORMATS or not known:
         raise ValueError(
-            f"folder: {folder} has format {found!r}, written by mvam_fast {written_by}; "
-            f"this is {__version__}, which reads format {FORMAT}: update mvam_fast"
+            f"folder: {folder} has format {found!r}, written by mvam_fast {written_by}, with the encoder "
+            f"{settings.get('encoder')}; this is {__version__}, which reads formats {FORMATS} with encoders of "
+            f"{encoders.LIBRARIES}: update mvam_fast"
         )
     return settings
 
 
-@contextlib.contextmanager
-def _no_weights_yet():
-    """Silences open_clip's warning that the model is random: its weights are loaded right after."""
-
-    def is_other(record):
-        return not record.getMessage().startswith("No pretrained weights loaded")
-
-    logging.getLogger().addFilter(is_other)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeFilter(is_other)
+def _stored_name(model: nn.Module, name: str) -> str:
+    """What the file of weights calls an entry of the state dict. An encoder of transformers has the names there that
+    its library knows, which so can read it from the folder."""
+    return name.removeprefix("clip.") if getattr(model, "library", None) == "transformers" else name
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -214,7 +334,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         weights = load_file(path)
     except Exception as error:
         raise ValueError(f"folder: {path} is not a readable safetensors file ({error})") from error
-    expected = model.state_dict()
+    state = model.state_dict()
+    names = {_stored_name(model, name): name for name in state}
+    expected = {stored: state[name] for stored, name in names.items()}
     wrong = [f"{name} is missing" for name in expected.keys() - weights.keys()]
     wrong += [f"{name} is not part of the model" for name in weights.keys() - expected.keys()]
     wrong += [
@@ -225,7 +347,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if wrong:
         shown = "; ".join(sorted(wrong)[:5])
         raise ValueError(f"folder: {path} does not fit the model in {len(wrong)} places: {shown}")
-    model.load_state_dict(weights)
+    model.load_state_dict({names[stored]: tensor for stored, tensor in weights.items()})
 
 
 def create_model_and_transforms(
@@ -289,10 +411,16 @@ def _with_overrides(model_cfg: dict, arguments: dict) -> dict:
 
 def get_tokenizer(model_name: str | Path):
     """The tokenizer of an open_clip model name, or of a folder that `MVAM.save_pretrained` wrote."""
-    open_clip = open_clip_with_own_configs()
-    if (Path(model_name) / OPEN_CLIP_CONFIG).is_file():
-        return tokenizer_of(read_json(Path(model_name) / OPEN_CLIP_CONFIG, "model_name")["model_cfg"]["text_cfg"])
-    return open_clip.get_tokenizer(str(model_name))
+    folder = Path(model_name)
+    encoder = _settings_of(folder)["encoder"] if (folder / MVAM_CONFIG).is_file() else _OPEN_CLIP_ENCODER
+    if encoder["library"] != "open_clip" or "text_tower" in encoder["own_towers"]:
+        return hf_files.FolderTokenizer(folder)
+    if (folder / OPEN_CLIP_CONFIG).is_file():
+        text_cfg = read_json(folder / OPEN_CLIP_CONFIG, "model_name")["model_cfg"]["text_cfg"]
+        if text_cfg.get("hf_tokenizer_name") and (folder / hf_files.TOKENIZER_CONFIG).is_file():
+            text_cfg = {**text_cfg, "hf_tokenizer_name": str(folder)}  # it was saved with the model
+        return tokenizer_of(text_cfg)
+    return open_clip_with_own_configs().get_tokenizer(str(model_name))
 
 
 def open_clip_with_own_configs():

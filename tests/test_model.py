@@ -256,7 +256,9 @@ def test_folder_round_trip(tmp_path, images, token_ids):
     model.save_pretrained(tmp_path / "model")
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
         "model.safetensors", "mvam_config.json", "open_clip_config.json",
+        "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+    assert json.loads((tmp_path / "model/mvam_config.json").read_text())["format"] == 1  # older versions read it
     again = MVAM.from_pretrained(tmp_path / "model")
     assert not again.training
     assert torch.equal(again.encode_image(images), model.encode_image(images))

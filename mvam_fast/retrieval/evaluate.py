@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import hf_files
 from .._optional import require
 from ..files import write_json
 from ..model import MVAM, get_tokenizer
@@ -27,7 +28,9 @@ def pick_device(device: str = "auto") -> torch.device:
 def load_model(folder: str | Path, device: str = "auto"):
     """(model, evaluation transform, tokenizer) of a folder that training or `save_pretrained` wrote."""
     model = MVAM.from_pretrained(folder, device=pick_device(device))
-    return model, eval_transform(model.open_clip_config["preprocess_cfg"]), get_tokenizer(folder)
+    known = model.open_clip_config
+    preprocess = known["preprocess_cfg"] if known else hf_files.preprocess_cfg(folder)
+    return model, eval_transform(preprocess), get_tokenizer(folder)
 
 
 @torch.no_grad()

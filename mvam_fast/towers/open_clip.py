@@ -1,36 +1,12 @@
-"""Tokens, masks and projections out of open_clip's towers, through their own modules: nothing is patched or forked.
-
-Every tower becomes a `Tower` with one method for each question the model asks. What a tower must offer is found by
-its features, not by a version number; a tower that lacks them is refused by name.
-"""
+"""The towers of open_clip's `CLIP` and `CustomTextCLIP`, of version 3 and of the coming 4."""
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-
-class Tokens(NamedTuple):
-    """What an encoder hands to the pooling.
-
-    `hidden` [B,N,D]; which of them count: `lengths` [B] or `mask` [B,N] or neither; `norm`: the encoder's final
-    LayerNorm if `hidden` is what goes into it (the pooling applies it, fused), None if `hidden` is normalised already;
-    `pooled` [B,E]: the encoder's own pooled vector, projected as the encoder does, or None if not asked for.
-    """
-
-    hidden: Tensor
-    lengths: Tensor | None = None
-    mask: Tensor | None = None
-    norm: nn.LayerNorm | None = None
-    pooled: Tensor | None = None
-
-
-def _leave_to_pooling(hidden: Tensor, norm: nn.Module) -> dict:
-    """`hidden` and `norm` of Tokens: a plain LayerNorm is left to the pooling, anything else is applied here."""
-    if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
-        return {"hidden": hidden, "norm": norm}
-    return {"hidden": norm(hidden)}
+from .protocol import Tokens, TowerAdapter, arguments, leave_to_pooling
 
 
 class VisionTransformerTower:
@@ -47,15 +23,16 @@ class VisionTransformerTower:
         self.grid = tuple(tower.grid_size)
         self.prefix_tokens = 1
 
-    def tokens(self, images: Tensor, need_pooled: bool) -> Tokens:
+    def tokens(self, inputs: Tensor | Mapping, need_pooled: bool) -> Tokens:
         tower = self.tower
+        (images,) = arguments(inputs, "pixel_values")
         hidden = tower.transformer(tower._embeds(images))
         pooled = None
         if need_pooled:
             # The class token alone need not wait for the LayerNorm of all tokens.
             by_class = tower.pool_type == "tok" and not tower.final_ln_after_pool
             pooled = self.project(tower.ln_post(hidden[:, 0]) if by_class else tower._pool(hidden)[0])
-        return Tokens(**_leave_to_pooling(hidden, tower.ln_post), pooled=pooled)
+        return Tokens(**leave_to_pooling(hidden, tower.ln_post), pooled=pooled)
 
     def project(self, views: Tensor) -> Tensor:
         return views if self.tower.proj is None else views @ self.tower.proj
@@ -73,8 +50,9 @@ class TimmTower:
         embed = getattr(self.tower.trunk, "patch_embed", None)
         self.grid = tuple(embed.grid_size) if getattr(embed, "grid_size", None) else None
 
-    def tokens(self, images: Tensor, need_pooled: bool) -> Tokens:
+    def tokens(self, inputs: Tensor | Mapping, need_pooled: bool) -> Tokens:
         trunk = self.tower.trunk
+        (images,) = arguments(inputs, "pixel_values")
         hidden = trunk.forward_features(images)
         pooled = self.tower.head(trunk.forward_head(hidden)) if need_pooled else None
         if hidden.dim() == 4:  # a convolutional trunk: [B,D,H,W]
@@ -100,8 +78,9 @@ class ResNetTower:
         side = round((self.pool.positional_embedding.shape[0] - 1) ** 0.5)
         self.grid, self.prefix_tokens = (side, side), 1
 
-    def tokens(self, images: Tensor, need_pooled: bool) -> Tokens:
+    def tokens(self, inputs: Tensor | Mapping, need_pooled: bool) -> Tokens:
         tower = self.tower
+        (images,) = arguments(inputs, "pixel_values")
         grid = tower.layer4(tower.layer3(tower.layer2(tower.layer1(tower.stem(images)))))
         pooled = self.pool(grid) if need_pooled else None
         hidden = grid.flatten(2).mT
@@ -110,6 +89,21 @@ class ResNetTower:
 
     def project(self, views: Tensor) -> Tensor:
         return self.pool.c_proj(self.pool.v_proj(views))
+
+
+def _refuse_gaps(attention_mask: Tensor | None, lengths: Tensor | int) -> None:
+    """open_clip's own text towers read all tokens up to the end of the text, and take no mask: ValueError where one
+    [B,L] leaves out any of the first `lengths` [B]. What it says of those after them changes nothing."""
+    if attention_mask is None or torch.compiler.is_compiling():
+        return
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    if isinstance(lengths, Tensor):
+        lengths = lengths[:, None]
+    if ((positions < lengths) & ~attention_mask.bool()).any():
+        raise ValueError(
+            "attention_mask leaves out tokens before the end of the text (or of a text of fixed length), but this text "
+            "tower reads them all; it must be 1 there, or not be given"
+        )
 
 
 class TextTower:
@@ -134,16 +128,29 @@ class TextTower:
             return (token_ids == self.eos_id).int().argmax(-1)
         return None
 
-    def tokens(self, token_ids: Tensor, need_pooled: bool) -> Tokens:
-        tower = self.tower
+    def _embeds(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B,L,D] that go into the transformer, and the attention mask [L,L] that goes with them."""
+        tower, length = self.tower, token_ids.shape[1]
+        positions = tower.positional_embedding
+        if length > positions.shape[0]:
+            raise ValueError(f"the texts have {length} tokens; this model reads up to {positions.shape[0]}")
+        short = length < positions.shape[0]  # open_clip 3 insists on the full length, which changes nothing
         if hasattr(tower, "_embeds"):
             embedded, attn_mask = tower._embeds(token_ids)
         else:  # CLIP holds the same parts itself
-            cast = tower.transformer.get_cast_dtype()
-            embedded = tower.token_embedding(token_ids).to(cast) + tower.positional_embedding.to(cast)
-            attn_mask = tower.attn_mask
-        hidden = tower.transformer(embedded, attn_mask=attn_mask)
+            cast, attn_mask = tower.transformer.get_cast_dtype(), tower.attn_mask
+            positions = positions[:length] if short else positions
+            embedded = tower.token_embedding(token_ids).to(cast) + positions.to(cast)
+        return embedded, attn_mask if attn_mask is None or not short else attn_mask[..., :length, :length]
+
+    def tokens(self, inputs: Tensor | Mapping, need_pooled: bool) -> Tokens:
+        tower = self.tower
+        token_ids, attention_mask = arguments(inputs, "input_ids", "attention_mask")
         end = self.end_of_text(token_ids)
+        lengths = None if end is None else end + 1
+        _refuse_gaps(attention_mask, token_ids.shape[1] if lengths is None else lengths)
+        embedded, attn_mask = self._embeds(token_ids)
+        hidden = tower.transformer(embedded, attn_mask=attn_mask)
         pooled = None
         if need_pooled:
             position = {"first": 0, "last": -1}.get(self.pool_type)
@@ -154,14 +161,39 @@ class TextTower:
             else:
                 raise ValueError(f"the text tower pools by {self.pool_type!r}: there is no pooled vector for a view")
             pooled = self.project(tower.ln_final(pooled))
-        lengths = None if end is None else end + 1
-        return Tokens(**_leave_to_pooling(hidden, tower.ln_final), lengths=lengths, pooled=pooled)
+        return Tokens(**leave_to_pooling(hidden, tower.ln_final), lengths=lengths, pooled=pooled)
 
     def project(self, views: Tensor) -> Tensor:
         projection = self.tower.text_projection
         if projection is None:
             return views
         return projection(views) if isinstance(projection, nn.Linear) else views @ projection
+
+
+class ModernTextTower:
+    """The text tower that came with open_clip 4 (`text_arch="modern"`): every position that is not padding, without the
+    registers before them."""
+
+    prefix_tokens, grid = 0, None
+
+    def __init__(self, clip: nn.Module):
+        self.tower = clip.text
+        self.width = self.tower.width
+
+    def tokens(self, inputs: Tensor | Mapping, need_pooled: bool) -> Tokens:
+        tower = self.tower
+        token_ids, attention_mask = arguments(inputs, "input_ids", "attention_mask")
+        hidden, valid, _ = tower._encode_tokens(token_ids)
+        _refuse_gaps(attention_mask, valid.sum(1))
+        hidden = hidden[:, tower.num_reg :]
+        pooled = None
+        if need_pooled:
+            pooled = tower.pool(tower.ln_final(hidden), text=token_ids, valid=valid, eos_id=tower.eos_id)
+            pooled = self.project(pooled)
+        return Tokens(**leave_to_pooling(hidden, tower.ln_final), mask=valid, pooled=pooled)
+
+    def project(self, views: Tensor) -> Tensor:
+        return views if self.tower.text_projection is None else self.tower.text_projection(views)
 
 
 class HFTextTower:
@@ -174,9 +206,10 @@ class HFTextTower:
         config = self.tower.transformer.config
         self.width = getattr(config, "hidden_size", None) or config.d_model
 
-    def tokens(self, token_ids: Tensor, need_pooled: bool) -> Tokens:
+    def tokens(self, inputs: Tensor | Mapping, need_pooled: bool) -> Tokens:
         tower = self.tower
-        mask = token_ids != tower.config.pad_token_id
+        token_ids, attention_mask = arguments(inputs, "input_ids", "attention_mask")
+        mask = token_ids != tower.config.pad_token_id if attention_mask is None else attention_mask.bool()
         output = tower.transformer(input_ids=token_ids, attention_mask=mask.long())
         pooled = self.project(tower.pooler(output, mask.long())) if need_pooled else None
         return Tokens(output.last_hidden_state, mask=mask, pooled=pooled)
@@ -193,6 +226,7 @@ _IMAGE_TOWERS = (
 )
 _TEXT_TOWERS = (
     (("token_embedding", "transformer", "ln_final"), TextTower),
+    (("token_embedding", "_encode_tokens", "pool", "ln_final", "num_reg"), ModernTextTower),
     (("transformer", "pooler", "proj", "config"), HFTextTower),
 )
 
@@ -205,13 +239,9 @@ def _adapt(clip: nn.Module, tower: nn.Module, name: str, known: tuple):
     raise ValueError(f"the {name} tower is a {type(tower).__name__}, which MVAM cannot read; it knows: {names}")
 
 
-def image_tower(clip: nn.Module):
-    """The adapter for the image tower of an open_clip `CLIP` or `CustomTextCLIP`."""
-    if not hasattr(clip, "visual"):
-        raise ValueError(f"model is a {type(clip).__name__} without .visual; it must be an open_clip CLIP model")
+def image_tower(clip: nn.Module) -> TowerAdapter:
     return _adapt(clip, clip.visual, "image", _IMAGE_TOWERS)
 
 
-def text_tower(clip: nn.Module):
-    """The adapter for the text tower of an open_clip `CLIP` or `CustomTextCLIP`."""
+def text_tower(clip: nn.Module) -> TowerAdapter:
     return _adapt(clip, getattr(clip, "text", clip), "text", _TEXT_TOWERS)
