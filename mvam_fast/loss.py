@@ -1,6 +1,7 @@
 """Contrastive loss plus the diversity loss of both towers."""
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ._optional import require
@@ -11,14 +12,16 @@ class MVAMLoss(nn.Module):
     """open_clip's symmetric InfoNCE + λ · (diversity of the image views + diversity of the text views).
 
     The contrastive part *is* `open_clip.ClipLoss`, with its distributed gather (`rank`, `world_size`, `local_loss`,
-    `gather_with_grad`). The diversity part is the mean over this process' own samples: data-parallel averaging of
-    gradients then gives the mean over the global batch.
+    `gather_with_grad`), or the open_clip loss that is given. The diversity part is the mean over this process' own
+    samples: data-parallel averaging of gradients then gives the mean over the global batch.
 
     Args:
         diversity_weight: λ ≥ 0. 0.01 costs no recall on this project's own benchmark; large values (≥ 0.1 for
             "frobenius") push every view onto a single token.
         kind: see `mvam_fast.diversity_loss`.
         local_loss, gather_with_grad, rank, world_size: passed to `open_clip.ClipLoss`.
+        contrastive: an open_clip loss to use instead of `ClipLoss`, such as `open_clip.loss.SigLipLoss()`, that was
+            built with its own distributed arguments; the four above then do nothing.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class MVAMLoss(nn.Module):
         gather_with_grad: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        contrastive: nn.Module | None = None,
     ):
         super().__init__()
         if diversity_weight < 0:
@@ -38,9 +42,16 @@ class MVAMLoss(nn.Module):
             raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(DIVERSITY_KINDS)}")
         self.diversity_weight = diversity_weight
         self.kind = kind
-        self.contrastive = require("open_clip", extra="train").ClipLoss(
+        clip_loss = require("open_clip", extra="train").ClipLoss
+        self.contrastive = contrastive if contrastive is not None else clip_loss(
             local_loss=local_loss, gather_with_grad=gather_with_grad, rank=rank, world_size=world_size
         )
+        # A gather without gradients gives each process the gradient of the whole loss in its own features alone, which
+        # averaging over the processes then divides by their number. The diversity term gets the same factor, so that λ
+        # weighs on many processes what it weighs on one.
+        gathered = self.contrastive
+        own_gradients = isinstance(gathered, clip_loss) and not (gathered.local_loss or gathered.gather_with_grad)
+        self.gradient_share = 1 / gathered.world_size if own_gradients else 1.0
 
     def forward(
         self,
@@ -61,5 +72,8 @@ class MVAMLoss(nn.Module):
         if self.diversity_weight > 0:
             for name, gram in (("image", image_gram), ("text", text_gram)):
                 if gram is not None:
-                    terms[f"{name}_diversity_loss"] = self.diversity_weight * diversity_loss(gram, self.kind)
+                    term = self.diversity_weight * diversity_loss(gram, self.kind)
+                    if self.gradient_share < 1:  # of the gradient; the value that is logged stays
+                        term = torch.lerp(term.detach(), term, self.gradient_share)
+                    terms[f"{name}_diversity_loss"] = term
         return terms if output_dict else sum(terms.values())

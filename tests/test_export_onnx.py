@@ -276,8 +276,8 @@ def test_a_source_that_is_none_is_named(checkpoints, tmp_path, capsys):
     assert capsys.readouterr().err.count("to_onnx: error: ") == 1
     shutil.copytree(checkpoints / "views", tmp_path / "newer")
     config = json.loads((tmp_path / "newer" / "mvam_config.json").read_text())
-    (tmp_path / "newer" / "mvam_config.json").write_text(json.dumps({**config, "format": 2, "mvam_fast": "9.0"}))
-    with pytest.raises(ValueError, match="has format 2, written by mvam_fast 9.0.*update mvam_fast"):
+    (tmp_path / "newer" / "mvam_config.json").write_text(json.dumps({**config, "format": 99, "mvam_fast": "9.0"}))
+    with pytest.raises(ValueError, match="has format 99, written by mvam_fast 9.0.*update mvam_fast"):
         to_onnx.export_bundle(tmp_path / "newer", tmp_path / "bundle")
 
 
