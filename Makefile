@@ -2,11 +2,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 9
 
-.PHONY: help demo test lint bench gpu trt-check
+.PHONY: help demo test test-all lint bench gpu trt-check
 
 help:
 	@echo "make demo   the whole job on data it makes itself: train, evaluate, draw, export, report"
-	@echo "make test   all tests"
+	@echo "make test   the tests"
+	@echo "make test-all   and the slow ones"
 	@echo "make lint   ruff"
 	@echo "make bench  time the pooling op on the device at hand"
 	@echo "make trt-check  what needs a GPU with TensorRT: runs it, and says what could not be run"
@@ -25,6 +26,9 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+test-all: .venv/.installed
+	$(BIN)/python -m pytest -m ""
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

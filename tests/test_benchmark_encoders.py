@@ -173,6 +173,7 @@ def trained(compared):
     return rows, before
 
 
+@pytest.mark.slow
 def test_training_rows_agree_on_the_loss_and_say_what_they_cost(trained, compared):
     rows, before = trained
     assert rows["mvam"]["loss"] == pytest.approx(rows["mvam naive"]["loss"], rel=1e-5)

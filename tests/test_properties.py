@@ -57,7 +57,7 @@ def check(case, device, backend, dtype):
         assert error(found[name], exact[name]) <= allowed, (name, case)
 
 
-@kernel_cases(320)
+@kernel_cases(160)
 @given(cases(torch.float32))
 def test_kernels_in_float32(device, case):
     check(case, device, "triton", torch.float32)
