@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby
 
 from encoder_models import CLIP, FUSED, TOWERS
 from export_cases import CHECKPOINT, POOLER
@@ -46,8 +45,10 @@ def exports_table(result: dict) -> str:
 
 def groups(result: dict) -> Iterator[tuple[str, tuple, list[dict]]]:
     """(title, columns, rows) of each table: one for each exported model, then one for each case of latency."""
-    for (work, *case), rows in groupby(result["rows"], key=_case):
-        rows = list(rows)
+    cases = list(dict.fromkeys(map(_case, result["rows"])))  # a case's rows need not have been measured in one go
+    exported_first = sorted(cases, key=lambda case: case[0] != "export")
+    for work, *case in exported_first:
+        rows = [row for row in result["rows"] if _case(row) == (work, *case)]
         if work == "export":
             yield _exported_title(*case, result["settings"]["views"]), EXPORT_COLUMNS, rows
         else:

@@ -81,18 +81,20 @@ def _key(row: dict) -> tuple:
 
 
 def cases_of(options: argparse.Namespace, device: torch.device, done: set[tuple]) -> dict[tuple, Callable]:
-    """What gives the rows of each case: first the exports, then what is timed of them."""
+    """What gives the rows of each case: the exports that are timed, their times, then all other exports."""
     cases = product(subjects_of(options), options.forms)
     wanted = {("export", s.model, s.variant, form): (s, form) for s, form in cases if s.can(form)}
     timed = [(_subject(options, options.latency, model), form) for model, form in BUNDLES]
     earlier = [pair for case, pair in wanted.items() if case in done]
     exports = Exports(options.out / "bundles", device, keep=timed, made=earlier)
-    found: dict[tuple, Callable] = {case: partial(exports.measure, *pair) for case, pair in wanted.items()}
+    measured = {case: partial(exports.measure, *pair) for case, pair in wanted.items()}
+    found: dict[tuple, Callable] = {}
     if options.latency != NONE:
+        found |= {case: measured[case] for case, pair in wanted.items() if pair in timed}
         latency = Latency(options.latency, options.views, device, exports)
         for tower, batch in product(options.towers, options.batch):
             found["latency", tower, batch] = partial(latency.measure, tower, batch, options.seconds)
-    return found
+    return found | measured
 
 
 def subjects_of(options: argparse.Namespace) -> list[Subject]:
