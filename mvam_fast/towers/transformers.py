@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from .protocol import Tokens, TowerAdapter, arguments, leave_to_pooling, valid_up_to
 
 
+def _sizes(tower: nn.Module) -> tuple[int, tuple[int, int]]:
+    """Width of a vision tower's tokens, and its grid of patches."""
+    side = tower.config.image_size // tower.config.patch_size
+    return tower.post_layernorm.normalized_shape[0], (side, side)
+
+
 class CLIPImageTower:
     """Class token and patches. They leave the model before `post_layernorm`, which it applies to the class token only:
     the pooling applies it to all."""
@@ -20,9 +26,7 @@ class CLIPImageTower:
 
     def __init__(self, clip: nn.Module):
         self.model, self.tower = clip, clip.vision_model
-        self.width = self.tower.post_layernorm.normalized_shape[0]
-        side = self.tower.config.image_size // self.tower.config.patch_size
-        self.grid = (side, side)
+        self.width, self.grid = _sizes(self.tower)
 
     def tokens(self, inputs: Tensor | Mapping, need_pooled: bool) -> Tokens:
         (images,) = arguments(inputs, "pixel_values")
@@ -80,9 +84,7 @@ class SiglipImageTower:
 
     def __init__(self, clip: nn.Module):
         self.tower = clip.vision_model
-        self.width = self.tower.post_layernorm.normalized_shape[0]
-        side = self.tower.config.image_size // self.tower.config.patch_size
-        self.grid = (side, side)
+        self.width, self.grid = _sizes(self.tower)
 
     def tokens(self, inputs: Tensor | Mapping, need_pooled: bool) -> Tokens:
         (images,) = arguments(inputs, "pixel_values")
