@@ -7,7 +7,10 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "mvam_fast/version.py").read_text())[1]
 
-TRAIN = ["open_clip_torch>=3.0", "safetensors>=0.4", "pillow>=9", "tqdm>=4.60", "matplotlib>=3.7"]
+TRAIN = [
+    "open_clip_torch>=3.0", "safetensors>=0.4", "pillow>=9", "tqdm>=4.60", "matplotlib>=3.7", "accelerate>=1.0",
+    "pyyaml>=6", "tensorboard>=2.14",
+]  # fmt: skip
 # onnxruntime and onnxruntime-gpu are one module under two names; the GPU build also runs on the CPU.
 EXPORT = [
     *TRAIN,
@@ -42,6 +45,6 @@ setup(
     extras_require=EXTRAS,
     packages=[*find_packages(include=["mvam_fast", "mvam_fast.*"]), "mvam_fast.kernels", "mvam_fast.export"],
     package_dir={"mvam_fast.kernels": "kernels", "mvam_fast.export": "export"},
-    package_data={"mvam_fast": ["configs/*.json"]},
+    package_data={"mvam_fast": ["configs/*.json", "retrieval/*.json"]},
     entry_points={"console_scripts": ["mvam-fast = mvam_fast.cli:main"]},
 )

@@ -45,7 +45,7 @@ class Source:
             "num_views": getattr(model, "num_views", 0),
             "global_view": getattr(model, "global_view", True),
             "num_vectors": vectors,
-            "vector_width": embedding_width // vectors,
+            "vector_width": getattr(model, "view_dim", None) or embedding_width // vectors,
             "logit_scale": model.logit_scale.exp().item(),
             "logit_bias": None if bias is None else bias.item(),
             "preprocess": self.preprocess,

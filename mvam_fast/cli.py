@@ -11,7 +11,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mvam-fast", description="Multi-view attention for image-text matching.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_scenes, _add_train, _add_evaluate, _add_visualize):
+    for add in (
+        _add_demo, _add_scenes, _add_train, _add_evaluate, _add_compare, _add_drop_views, _add_visualize,
+        _add_diversity,
+    ):  # fmt: skip
         add(commands)
     options = parser.parse_args(arguments)
     logging.getLogger().addFilter(_is_wanted)
@@ -73,23 +76,25 @@ def _add_scenes(commands) -> None:
 
 
 def _add_train(commands) -> None:
-    from .retrieval.train import TrainConfig, train
+    from .retrieval.config import TrainConfig, read_config, value_type
 
     def run(options):
-        fields = {field.name for field in dataclasses.fields(TrainConfig)}
-        print(train(TrainConfig(**{name: value for name, value in vars(options).items() if name in fields})))
+        from .retrieval.train import train
 
-    parser = _command(commands, "train", "train MVAM, or its single-vector baseline, on a Karpathy data set", run)
-    for field in dataclasses.fields(TrainConfig):
+        fields = {field.name for field in dataclasses.fields(TrainConfig)}
+        given = {name: value for name, value in vars(options).items() if name in fields}
+        print(train(read_config(options.config, given)))
+
+    parser = _command(commands, "train", "train MVAM, or its single-vector baseline, on images with captions", run)
+    parser.add_argument("--config", help="YAML file of the same settings, which flags override; see recipes/")
+    for field in dataclasses.fields(TrainConfig):  # a flag that is not given leaves no trace: the file decides
         flag, about = f"--{field.name.replace('_', '-')}", field.metadata["help"]
-        if field.default is False:
-            parser.add_argument(flag, action="store_true", help=about)
-        elif field.metadata.get("required"):
-            parser.add_argument(flag, required=True, default=argparse.SUPPRESS, help=about)
+        if isinstance(field.default, bool):
+            about += f" (default: {field.default})"
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=about)
         else:
-            kind = str if field.default is None else type(field.default)
-            kind = int if field.name == "embed_dim" else kind
-            parser.add_argument(flag, type=kind, default=field.default, help=about)
+            about += "" if field.metadata.get("required") else f" (default: {field.default})"
+            parser.add_argument(flag, type=value_type(field), default=argparse.SUPPRESS, help=about)
 
 
 def _data_arguments(parser) -> None:
@@ -101,42 +106,102 @@ def _data_arguments(parser) -> None:
 
 
 def _add_evaluate(commands) -> None:
+    from .retrieval.protocols import NAMES
+
     def run(options):
-        from .retrieval.evaluate import evaluate, recall_table
+        from .retrieval.evaluate import evaluate, report_of
 
         result = evaluate(
-            options.model, options.data, options.images, split=options.split, device=options.device,
-            captions_per_image=options.captions_per_image, batch_size=options.batch_size,
-            strict=not options.skip_unreadable, out=options.out,
+            options.model, options.data, options.images, pretrained=options.pretrained, split=options.split,
+            protocols=getattr(options, "protocol", ["full"]), device=options.device, batch_size=options.batch_size,
+            captions_per_image=options.captions_per_image, strict=not options.skip_unreadable, out=options.out,
         )  # fmt: skip
-        print(recall_table({options.split: result["metrics"]}))
-        if result["protocol"]["unreadable_images"]:
-            print(f"left out as unreadable: {result['protocol']['unreadable_images']} images")
+        print(report_of(result))
 
     parser = _command(commands, "evaluate", "recall at 1, 5, 10 both ways, RSUM and median ranks", run)
     _data_arguments(parser)
-    parser.add_argument("--captions-per-image", type=int, help="keep the first so many; 5 for COCO 5K")
+    parser.add_argument("--pretrained", help="tag or file of weights: MODEL is then the name of an open_clip model")
+    about = "which captions count and what is searched; may be given more than once (default: full)"
+    parser.add_argument("--protocol", action="append", choices=NAMES, default=argparse.SUPPRESS, help=about)
+    parser.add_argument("--captions-per-image", type=int, help="keep the first so many; with the protocol full")
     parser.add_argument("--batch-size", type=int, default=256, help="images or captions at once")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out, do not stop")
-    parser.add_argument("--out", help="write the result as JSON")
+    parser.add_argument("--out", help="write the result as JSON, and the rank of every query beside it")
+
+
+def _add_compare(commands) -> None:
+    def run(options):
+        from .retrieval.significance import compare, comparison_table
+
+        found = compare(options.a, options.b, resamples=options.resamples, seed=options.seed, out=options.out)
+        print(comparison_table(found))
+
+    parser = _command(commands, "compare", "what changed between two results of evaluate, beyond chance", run)
+    parser.add_argument("a", help="OUT of one evaluation")
+    parser.add_argument("b", help="OUT of another, on the same data by the same protocols")
+    parser.add_argument("--resamples", type=int, default=10_000, help="of the paired bootstrap over images")
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    parser.add_argument("--out", help="write the comparison as JSON")
+
+
+def _add_drop_views(commands) -> None:
+    def run(options):
+        from .retrieval.view_dropping import drop_views, dropping_table
+
+        found = drop_views(
+            options.model, options.data, options.images, out=options.out, keep=options.keep, save=options.save,
+            choose_on=options.choose_on, split=options.split, batch_size=options.batch_size, device=options.device,
+        )  # fmt: skip
+        print(dropping_table(found))
+
+    parser = _command(commands, "drop-views", "which learned views can go, and what that costs in recall", run)
+    _data_arguments(parser)
+    parser.add_argument("--choose-on", default="val", help="split on which it is chosen what to drop")
+    parser.add_argument("--keep", type=int, nargs="+", help="numbers of views to measure; all by default")
+    parser.add_argument("--save", type=int, nargs="+", default=[], help="write models of so many views, OUT/model-K")
+    parser.add_argument("--batch-size", type=int, default=256, help="images or captions at once")
+    parser.add_argument("--out", required=True, default=argparse.SUPPRESS, help="folder of the result")
 
 
 def _add_visualize(commands) -> None:
     def run(options):
-        from .retrieval.figures import visualize
+        from .retrieval.visualize import visualize
 
         figures = visualize(
             options.model, options.data, options.images, options.out, split=options.split, device=options.device,
-            baseline=options.baseline, count=options.count, seed=options.seed,
+            baseline=options.baseline, count=options.count, seed=options.seed, ids=options.ids, texts=options.text,
+            k=options.k,
         )  # fmt: skip
         print("\n".join(f"{options.out}/{figure['file']}" for figure in figures))
 
-    parser = _command(commands, "visualize", "draw per-view attention, and the five best images per caption", run)
+    parser = _command(commands, "visualize", "draw what views attend to in words and images, and what is found", run)
     _data_arguments(parser)
     parser.add_argument("--out", required=True, default=argparse.SUPPRESS, help="pictures go to OUT/figures")
-    parser.add_argument("--baseline", help="folder of a model to show beside")
-    parser.add_argument("--count", type=int, default=4, help="samples")
-    parser.add_argument("--seed", type=int, default=0, help="which samples")
+    parser.add_argument("--baseline", help="folder of a model whose finds to show beside")
+    parser.add_argument("--count", type=int, default=4, help="captions drawn at random; 0 with --ids or --text")
+    parser.add_argument("--seed", type=int, default=0, help="which captions")
+    parser.add_argument("--ids", nargs="+", default=[], metavar="ID", help="images to show as well, by id in the data")
+    parser.add_argument("--text", action="append", default=[], help="a query of your own; may be given again")
+    parser.add_argument("--k", type=int, default=5, help="images shown per query")
+
+
+def _add_diversity(commands) -> None:
+    def run(options):
+        from .retrieval.diversity import diversity
+
+        report = diversity(
+            options.model, options.data, options.images, options.out, split=options.split, device=options.device,
+            batch_size=options.batch_size, strict=not options.skip_unreadable,
+        )  # fmt: skip
+        print("\n".join(tower["sentence"] for tower in report["towers"].values()))
+        print(f"report: {options.out}/diversity.html")
+
+    parser = _command(commands, "diversity", "measure how views differ on a split, and which are dead", run)
+    _data_arguments(parser)
+    parser.set_defaults(split="val")
+    parser.add_argument("--out", required=True, default=argparse.SUPPRESS, help="folder of diversity.{html,png,json}")
+    parser.add_argument("--batch-size", type=int, default=64, help="images or captions at once")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out, do not stop")
 
 
 if __name__ == "__main__":

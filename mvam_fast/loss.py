@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from ._optional import require
 from .functional import DIVERSITY_KINDS, diversity_loss
 
+DIVERSITY_TOWERS = ("both", "image", "text")
+
 
 class MVAMLoss(nn.Module):
     """open_clip's symmetric InfoNCE + λ · (diversity of the image views + diversity of the text views).
@@ -19,6 +21,7 @@ class MVAMLoss(nn.Module):
         diversity_weight: λ ≥ 0. 0.01 costs no recall on this project's own benchmark; large values (≥ 0.1 for
             "frobenius") push every view onto a single token.
         kind: see `mvam_fast.diversity_loss`.
+        towers: whose views are kept apart, "both", "image" or "text".
         local_loss, gather_with_grad, rank, world_size: passed to `open_clip.ClipLoss`.
         contrastive: an open_clip loss to use instead of `ClipLoss`, such as `open_clip.loss.SigLipLoss()`, that was
             built with its own distributed arguments; the four above then do nothing.
@@ -29,6 +32,7 @@ class MVAMLoss(nn.Module):
         diversity_weight: float = 0.01,
         kind: str = "frobenius",
         *,
+        towers: str = "both",
         local_loss: bool = False,
         gather_with_grad: bool = True,
         rank: int = 0,
@@ -40,8 +44,10 @@ class MVAMLoss(nn.Module):
             raise ValueError(f"diversity_weight is {diversity_weight}; it must be ≥ 0")
         if kind not in DIVERSITY_KINDS:
             raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(DIVERSITY_KINDS)}")
+        if towers not in DIVERSITY_TOWERS:
+            raise ValueError(f"towers is {towers!r}; it must be one of {', '.join(DIVERSITY_TOWERS)}")
         self.diversity_weight = diversity_weight
-        self.kind = kind
+        self.kind, self.towers = kind, towers
         clip_loss = require("open_clip", extra="train").ClipLoss
         self.contrastive = contrastive if contrastive is not None else clip_loss(
             local_loss=local_loss, gather_with_grad=gather_with_grad, rank=rank, world_size=world_size
@@ -71,7 +77,7 @@ class MVAMLoss(nn.Module):
         terms = {"contrastive_loss": self.contrastive(image_features, text_features, logit_scale, logit_bias)}
         if self.diversity_weight > 0:
             for name, gram in (("image", image_gram), ("text", text_gram)):
-                if gram is not None:
+                if gram is not None and self.towers in ("both", name):
                     term = self.diversity_weight * diversity_loss(gram, self.kind)
                     if self.gradient_share < 1:  # of the gradient; the value that is logged stays
                         term = torch.lerp(term.detach(), term, self.gradient_share)

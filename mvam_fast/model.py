@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from .files import atomic, read_json, write_json
 from .pooling import MultiViewPool
 from .preprocess import tokenizer_of
 from .version import __version__
+from .view_projection import ViewProjection, resolve
 
 MVAM_CONFIG = "mvam_config.json"
 WEIGHTS = "model.safetensors"
@@ -39,7 +40,11 @@ class MVAM(nn.Module):
             pretrained model has exactly the similarities it had before. This is ours, not the paper's. (Scaling the
             views themselves by a gate of 0 in both towers would be a dead start: the score is a product of the two
             towers' gates, whose gradient at 0 is exactly 0.)
-        scoring, key_dim, backend: see `MultiViewPool`.
+        scoring, key_dim, code_std, backend: see `MultiViewPool`.
+        projection, view_dim: what follows the encoder's own projection: "encoder" nothing, "shared" one matrix
+            E → view_dim for all views, "per_view" one for each. By default "per_view" if a view_dim is given, else
+            "encoder". See `view_projection.ViewProjection` for how they start.
+        max_width: the most numbers that an image or text may have; a view_dim is chosen that keeps to it.
         open_clip_config: {"model_cfg": ..., "preprocess_cfg": ...}, what `save_pretrained` needs to rebuild the
             encoder of open_clip; `create_model_and_transforms` fills it in.
         image_tower, text_tower: encoders of your own, each an `nn.Module` that is a `towers.TowerAdapter`: both instead
@@ -54,6 +59,10 @@ class MVAM(nn.Module):
         global_view: bool = False,
         scoring: str = "dot",
         key_dim: int | None = None,
+        code_std: float = 1.0,
+        projection: str | None = None,
+        view_dim: int | None = None,
+        max_width: int | None = None,
         backend: str = "auto",
         open_clip_config: dict | None = None,
         image_tower: nn.Module | None = None,
@@ -83,18 +92,52 @@ class MVAM(nn.Module):
             "num_views": num_views, "global_view": global_view, "scoring": scoring, "key_dim": key_dim,
         }
         self.image_pool = self.text_pool = self.image_gates = self.text_gates = None
+        self.image_projection = self.text_projection = self.view_dim = None
         if num_views:
-            settings = {"scoring": scoring, "key_dim": key_dim, "backend": backend, "device": device}
-            self.image_pool = MultiViewPool(self.image_tower.width, num_views, **settings)
-            self.text_pool = MultiViewPool(self.text_tower.width, num_views, **settings)
+            settings = {"scoring": scoring, "key_dim": key_dim, "code_std": code_std, "backend": backend}
+            self.image_pool = MultiViewPool(self.image_tower.width, num_views, device=device, **settings)
+            self.text_pool = MultiViewPool(self.text_tower.width, num_views, device=device, **settings)
+        if (projection, view_dim, max_width) != (None, None, None):
+            self._set_projection(projection, view_dim, max_width, device)
         if num_views and global_view:
             self.image_gates = nn.Parameter(torch.zeros(num_views, device=device))
             self.text_gates = nn.Parameter(torch.zeros(num_views, device=device))
 
+    def _set_projection(self, projection, view_dim, max_width, device) -> None:
+        if not self.num_views:
+            raise ValueError("num_views is 0; projection, view_dim and max_width are for learned views")
+        with torch.no_grad():  # what comes out of the encoders' own projections, E
+            widths = [
+                tower.project(pool.codes.new_zeros(1, 1, tower.width, dtype=self._dtype())).shape[-1]
+                for tower, pool in ((self.image_tower, self.image_pool), (self.text_tower, self.text_pool))
+            ]
+        if widths[0] != widths[1]:
+            raise ValueError(f"the towers project to {widths[0]} and {widths[1]} numbers; they must be as many")
+        projection, view_dim = resolve(
+            projection, view_dim, max_width, self.num_views, self.global_view, widths[0]
+        )
+        if projection == "encoder":
+            return
+        self._settings |= {"projection": projection, "view_dim": view_dim}
+        self.view_dim = view_dim
+        self.image_projection, self.text_projection = (
+            ViewProjection(widths[0], view_dim, self.num_views, projection, device=device) for _ in range(2)
+        )
+
+    def _dtype(self) -> torch.dtype:
+        """The encoders' (codes and gates are float32 whatever it is)."""
+        modules = [getattr(self, name) for name in ["clip", *self.own_towers]]
+        return next((p.dtype for module in modules for p in module.parameters() if p.dim() > 0), torch.float32)
+
     @property
     def num_vectors(self) -> int:
-        """Vectors that are concatenated for one image or text."""
+        """Vectors that are concatenated for one image or text. `view_dim` says how wide those of learned views are;
+        None where that is the encoder's own width."""
         return self.num_views + self.global_view
+
+    def embedding_width(self, encoder_width: int) -> int:
+        """Numbers per image or text, where the encoder's own vector has `encoder_width`."""
+        return self.global_view * encoder_width + self.num_views * (self.view_dim or encoder_width)
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -107,12 +150,12 @@ class MVAM(nn.Module):
     def encode_image(self, images: Tensor | Mapping, normalize: bool = False) -> Tensor:
         """Preprocessed images [B,3,H,W] → [B, num_vectors·E]. What an image processor of transformers returns will do
         too."""
-        return self._encode(self.image_tower, self.image_pool, self.image_gates, images, normalize)[0]
+        return self._encode("image", images, normalize)[0]
 
     def encode_text(self, token_ids: Tensor | Mapping, normalize: bool = False) -> Tensor:
         """Token ids [B,L] → [B, num_vectors·E]. Tokens after the end-of-text token never take part. What a tokenizer of
         transformers returns will do too."""
-        return self._encode(self.text_tower, self.text_pool, self.text_gates, token_ids, normalize)[0]
+        return self._encode("text", token_ids, normalize)[0]
 
     def get_image_features(self, pixel_values: Tensor, **inputs: Tensor | None) -> Tensor:
         """`encode_image` by the name and arguments of transformers; as there, not normalised.
@@ -136,31 +179,30 @@ class MVAM(nn.Module):
             output["logit_bias"] = self.logit_bias
         output["image_gram"] = output["text_gram"] = None
         if images is not None:
-            output["image_features"], output["image_gram"] = self._encode(
-                self.image_tower, self.image_pool, self.image_gates, images, True, need_gram=True
-            )
+            output["image_features"], output["image_gram"] = self._encode("image", images, True, need_gram=True)
         if token_ids is not None:
-            output["text_features"], output["text_gram"] = self._encode(
-                self.text_tower, self.text_pool, self.text_gates, token_ids, True, need_gram=True
-            )
+            output["text_features"], output["text_gram"] = self._encode("text", token_ids, True, need_gram=True)
         return output
 
-    def _encode(self, tower, pool, gates, inputs, normalize, need_gram=False) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, side: str, inputs, normalize, need_gram=False) -> tuple[Tensor, Tensor | None]:
+        tower, pool, gates, projection = (
+            getattr(self, f"{side}_{part}") for part in ("tower", "pool", "gates", "projection")
+        )
         tokens = tower.tokens(inputs, need_pooled=self.global_view)
         if self.global_view and tokens.pooled is None:
             raise ValueError(f"global_view is True, but the {type(tower).__name__} has no pooled vector of its own")
         vectors, gram = [], None
         if self.global_view:
-            vectors.append(tokens.pooled[:, None])
+            vectors.append(tokens.pooled)
         if pool is not None:
             views, gram = pool(
                 tokens.hidden, lengths=tokens.lengths, mask=tokens.mask, norm=tokens.norm, need_gram=need_gram
             )
             views = tower.project(views)
             if self.global_view:
-                views = torch.lerp(vectors[0].to(views.dtype), views, gates[:, None].to(views.dtype))
-            vectors.append(views)
-        features = torch.cat(vectors, 1).flatten(1)
+                views = torch.lerp(vectors[0][:, None].to(views.dtype), views, gates[:, None].to(views.dtype))
+            vectors.append((views if projection is None else projection(views)).flatten(1))
+        features = torch.cat(vectors, 1)
         return (F.normalize(features, dim=-1) if normalize else features), gram
 
     def image_attention(self, images: Tensor) -> Tensor:
@@ -198,6 +240,33 @@ class MVAM(nn.Module):
                 "freeze its parameters with requires_grad_(False)"
             )
         getattr(self.clip, f"lock_{tower}")(*args, **kwargs)
+
+    def select_views(self, views: Sequence[int]) -> MVAM:
+        """A copy that has only these learned views (0 … num_views − 1), in this order: shorter features, which are the
+        corresponding pieces of this model's, normalised anew. The global view, if there is one, stays."""
+        views = [int(view) for view in views]
+        if not views or len(set(views)) < len(views) or not all(0 <= view < self.num_views for view in views):
+            raise ValueError(
+                f"views is {views}; it must name at least one of the views 0 to {self.num_views - 1}, each once"
+            )
+        model = copy.deepcopy(self)
+        model.num_views = model._settings["num_views"] = len(views)
+        for side in ("image", "text"):
+            pool, projection = getattr(model, f"{side}_pool"), getattr(model, f"{side}_projection")
+            pool.keep(views)
+            if projection is not None:
+                projection.keep(views)
+            if self.global_view:
+                gates = getattr(model, f"{side}_gates")
+                setattr(model, f"{side}_gates", nn.Parameter(gates.detach()[views].clone()))
+        return model
+
+    @staticmethod
+    def is_head(name: str) -> bool:
+        """Whether the parameter of that name is MVAM's own (codes, key and view projections, gates), no encoder's."""
+        return name.startswith(("image_pool.", "text_pool.", "image_projection.", "text_projection.")) or name in (
+            "image_gates", "text_gates",
+        )  # fmt: skip
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that training should not decay: the encoder's own, the view codes and the gates."""
@@ -358,6 +427,10 @@ def create_model_and_transforms(
     global_view: bool = False,
     scoring: str = "dot",
     key_dim: int | None = None,
+    code_std: float = 1.0,
+    projection: str | None = None,
+    view_dim: int | None = None,
+    max_width: int | None = None,
     backend: str = "auto",
     **open_clip_arguments,
 ):
@@ -366,7 +439,7 @@ def create_model_and_transforms(
     Args:
         model_name, pretrained: an open_clip model name with a pretrained tag or a path of weights; or this package's
             own small "scenes-ViT-T-16".
-        num_views, global_view, scoring, key_dim, backend: see `MVAM`.
+        num_views, global_view, scoring, key_dim, code_std, projection, view_dim, max_width, backend: see `MVAM`.
         open_clip_arguments: passed on (precision, device, force_image_size, embed_dim, ...).
 
     Returns:
@@ -382,9 +455,9 @@ def create_model_and_transforms(
         "preprocess_cfg": open_clip.get_model_preprocess_cfg(clip),
     }
     model = MVAM(
-        clip, num_views, global_view=global_view, scoring=scoring, key_dim=key_dim, backend=backend,
-        open_clip_config=config,
-    )
+        clip, num_views, global_view=global_view, scoring=scoring, key_dim=key_dim, code_std=code_std,
+        projection=projection, view_dim=view_dim, max_width=max_width, backend=backend, open_clip_config=config,
+    )  # fmt: skip
     return model, train, val
 
 

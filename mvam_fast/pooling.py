@@ -27,6 +27,7 @@ class MultiViewPool(nn.Module):
         num_views: M, 1 to 64 on the Triton path, any number on the others.
         scoring: one of the above.
         key_dim: Dk of "projected" and "additive"; D by default.
+        code_std: standard deviation that the codes start with.
         backend: "auto", "triton" or "torch"; see `multi_view_pool`.
     """
 
@@ -37,6 +38,7 @@ class MultiViewPool(nn.Module):
         *,
         scoring: str = "dot",
         key_dim: int | None = None,
+        code_std: float = 1.0,
         backend: str = "auto",
         device=None,
         dtype=None,
@@ -49,7 +51,7 @@ class MultiViewPool(nn.Module):
         if scoring == "dot" and key_dim not in (None, dim):
             raise ValueError(f"key_dim is {key_dim}; with scoring 'dot' it must be None or dim = {dim}")
         self.dim, self.num_views, self.scoring, self.backend = dim, num_views, scoring, backend
-        self.key_dim = key_dim or dim
+        self.key_dim, self.code_std = key_dim or dim, code_std
         factory = {"device": device, "dtype": dtype}
         self.codes = nn.Parameter(torch.empty(num_views, self.key_dim, **factory))
         self.key_projection = None
@@ -58,12 +60,17 @@ class MultiViewPool(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.codes)
+        nn.init.normal_(self.codes, std=self.code_std)
         if self.key_projection is not None:
             # Variance preserving, so that the logits keep the spread that "dot" has.
             nn.init.normal_(self.key_projection.weight, std=self.dim**-0.5)
             if self.key_projection.bias is not None:
                 nn.init.zeros_(self.key_projection.bias)
+
+    def keep(self, views: list[int]) -> None:
+        """Drops the codes of all other views."""
+        self.num_views = len(views)
+        self.codes = nn.Parameter(self.codes.detach()[views].clone())
 
     def _arguments(self, tokens: Tensor, norm: nn.LayerNorm | None) -> dict:
         """Tokens, codes, keys, scale and LayerNorm that this scoring gives `multi_view_pool`."""

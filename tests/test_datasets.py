@@ -1,4 +1,4 @@
-"""Karpathy's format, batches, image loading; and the scenes that are made in that format."""
+"""Karpathy's format, batches, images for evaluation; and the scenes that are made in that format."""
 import json
 
 import numpy as np
@@ -43,6 +43,7 @@ def test_splits_paths_and_captions(tmp_path):
     assert train.captions == [["one", "two"], ["three"] * 5]
     test = KarpathyDataset(path, tmp_path, "test")
     assert test.image_paths == [tmp_path / "c.jpg"] and test.image_ids == [3]
+    assert (test.source, test.split, test.image_name(0)) == (str(path), "test", str(tmp_path / "c.jpg"))
 
 
 def test_bad_data_is_named(tmp_path):
@@ -57,9 +58,36 @@ def test_bad_data_is_named(tmp_path):
         KarpathyDataset(tmp_path / "none.json", tmp_path, "train")
     with pytest.raises(ValueError, match="captions_per_image is 0"):
         KarpathyDataset(path, tmp_path, "train", captions_per_image=0)
+    path = karpathy(tmp_path, [row("a.jpg", "test", ["x"], cocoid=4), row("b.jpg", "test", ["y"], cocoid=4)])
+    with pytest.raises(ValueError, match="has the image id 4 more than once in the split 'test'"):
+        KarpathyDataset(path, tmp_path, "test")
+    path = karpathy(tmp_path, [row("a.jpg", "test", ["x"]), row("a.jpg", "test", ["y"])])
+    with pytest.raises(ValueError, match=r"has the image .*a\.jpg more than once in the split 'test'"):
+        KarpathyDataset(path, tmp_path, "test")
     path.write_text("[1]")
     with pytest.raises(ValueError, match="no list 'images'"):
         KarpathyDataset(path, tmp_path, "train")
+
+
+@pytest.mark.parametrize("change, fault", [
+    ({"split": None}, "has None as 'split'; it must be a string"),
+    ({"filename": 3}, "has 3 as 'filename'; it must be a string"),
+    ({"sentences": "x"}, "has 'x' as 'sentences'; it must be a list"),
+    ({"sentences": [{"tokens": ["x"]}]}, "has the sentence .* an object with a string 'raw'"),
+])  # fmt: skip
+def test_a_malformed_row_is_named(tmp_path, change, fault):
+    path = karpathy(tmp_path, [row("a.jpg", "train", ["x"]), {**row("b.jpg", "train", ["y"]), **change}])
+    with pytest.raises(ValueError, match=r"images\[1\] " + fault):
+        KarpathyDataset(path, tmp_path, "train")
+
+
+def test_empty_captions_are_dropped_and_counted(tmp_path):
+    rows = [row("a.jpg", "train", ["", "  ", "Zürich, 東京 🚲", "two"]), row("b.jpg", "test", ["\t"])]
+    path = karpathy(tmp_path, rows)
+    train = KarpathyDataset(path, tmp_path, "train", captions_per_image=1)
+    assert train.captions == [["Zürich, 東京 🚲"]] and train.left_out == {"empty captions": 2}
+    with pytest.raises(ValueError, match="no sentence for the image b.jpg"):
+        KarpathyDataset(path, tmp_path, "test")
 
 
 def test_batches_are_a_function_of_the_step(dataset):
@@ -76,6 +104,15 @@ def test_batches_are_a_function_of_the_step(dataset):
     for step in range(6):
         images, captions = batches.batch(step)
         assert (owner[captions] == images).all()
+
+
+@pytest.mark.parametrize("siblings, images, captions", [
+    (1, [41, 11, 27, 8, 47, 44, 18, 10], [205, 57, 138, 44, 237, 223, 94, 53]),
+    (2, [4, 7, 45, 47, 31, 28, 13, 14], [20, 37, 228, 239, 157, 143, 69, 73]),
+])  # fmt: skip
+def test_draws_are_those_of_earlier_runs(dataset, siblings, images, captions):
+    found = PairBatches(dataset, 8, seed=3, siblings=siblings).batch(7)
+    assert found[0].tolist() == images and found[1].tolist() == captions
 
 
 def test_siblings_stand_together(dataset):

@@ -11,10 +11,12 @@ import torch
 
 from mvam_fast import MVAM, cli
 from mvam_fast.retrieval import checkpoints
+from mvam_fast.retrieval.config import TrainConfig
 from mvam_fast.retrieval.datasets import UnreadableImage
 from mvam_fast.retrieval.evaluate import evaluate, recall_table
+from mvam_fast.retrieval.optimization import rate_at
 from mvam_fast.retrieval.scenes import make_scenes
-from mvam_fast.retrieval.train import TrainConfig, learning_rate, train
+from mvam_fast.retrieval.train import train
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,8 @@ def test_resuming_repeats_the_uninterrupted_run(changes, data, tmp_path, monkeyp
 
 
 def test_a_kill_leaves_the_last_checkpoint_whole(data, tmp_path):
-    """SIGKILL at arbitrary moments of a run that saves at every step; then it finishes with the right losses."""
+    """SIGKILL in the middle of a run that saves at every step; then it finishes with the right losses. Ten such runs:
+    tests/test_train_kit.py."""
     train(config(data, tmp_path / "whole", steps=30, save_every=1), progress=False)
     settings = config(data, tmp_path / "killed", steps=30, save_every=1, resume=True)
     source = f"from mvam_fast.retrieval.train import *; train(TrainConfig(**{vars(settings)!r}), progress=False)"
@@ -92,14 +95,14 @@ def test_a_kill_leaves_the_last_checkpoint_whole(data, tmp_path):
         process = subprocess.Popen([sys.executable, "-c", source])
         folder = tmp_path / "killed/checkpoints"
         before = checkpoints.newest(folder)
-        while process.poll() is None and (kills == 2 or checkpoints.newest(folder) in (None, before)):
+        while process.poll() is None and (kills == 1 or checkpoints.newest(folder) in (None, before)):
             time.sleep(0.01)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
-        assert kills < 3
-    assert kills == 2
+        assert kills < 2
+    assert kills == 1
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
@@ -146,10 +149,10 @@ def test_the_newest_checkpoint_is_the_one_of_most_steps(tmp_path):
 
 
 def test_a_resumed_run_tells_what_was_unreadable_before(tmp_path, monkeypatch):
-    data = make_scenes(tmp_path / "scenes", train=32, val=8, test=8, progress=False)
+    data = make_scenes(tmp_path / "scenes", train=64, val=8, test=8, progress=False)
     broken = tmp_path / "scenes/images/train/000003.png"
     broken.write_bytes(b"no picture")
-    settings = {"batch_size": 32, "steps": 4, "save_every": 3}  # every step sees every image
+    settings = {"batch_size": 32, "steps": 4, "save_every": 3}  # two steps see every image
     with monkeypatch.context() as patch:
         stop_at(4, patch)
         with pytest.raises(KeyboardInterrupt):
@@ -165,7 +168,7 @@ def test_unreadable_images_are_counted_or_stop(tmp_path, capsys):
     broken.write_bytes(b"no picture")
     train(config(data, tmp_path / "run", steps=4), progress=False)
     assert list(json.loads((tmp_path / "run/result.json").read_text())["unreadable"]) == [str(broken)]
-    assert "1 unreadable images were skipped" in capsys.readouterr().err
+    assert "1 images could not be read" in capsys.readouterr().err
     with pytest.raises(UnreadableImage, match="000003.png"):
         train(config(data, tmp_path / "strict", steps=4, strict=True), progress=False)
 
@@ -189,8 +192,8 @@ def test_bad_settings_are_named(data, tmp_path):
 
 
 def test_learning_rate_warms_up_and_falls_to_zero(data, tmp_path):
-    settings = config(data, tmp_path, steps=100, warmup=10, lr=1.0)
-    rates = [learning_rate(settings, step) for step in range(1, 101)]
+    settings = config(data, tmp_path, steps=100, warmup=10)
+    rates = [rate_at(settings, step) for step in range(1, 101)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1.0
     assert rates[9:] == sorted(rates[9:], reverse=True) and rates[-1] == pytest.approx(0)
 

@@ -18,13 +18,15 @@ from ..export.to_onnx import export_bundle
 from ..files import read_json
 from ..serving import Encoder
 from ..version import __version__
+from .config import TrainConfig
+from .curves import curves_figure
 from .datasets import KarpathyDataset
+from .diversity import diversity
 from .evaluate import evaluate, load_model, recall_table
-from .figures import curves_figure, visualize
 from .report import build_report
 from .scene_truth import oracle_recall
 from .scenes import make_scenes
-from .train import TrainConfig
+from .visualize import visualize
 
 THRESHOLD = 50  # RSUM points that MVAM must gain over the baseline for its claim to count as shown
 
@@ -64,8 +66,8 @@ def _flags(config: TrainConfig) -> list[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != field.default:
-            flag = f"--{field.name.replace('_', '-')}"
-            flags += [flag] if value is True else [flag, str(value)]
+            name = field.name.replace("_", "-")
+            flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return flags
 
 
@@ -100,6 +102,11 @@ def demo(
         }]  # fmt: skip
         folder, baseline = out / "mvam/model", out / "baseline/model"
         figures += visualize(folder, data, images, out, baseline=baseline, count=4, seed=seed, progress=False)
+        views = diversity(folder, data, images, out / "diversity", progress=False)
+        figures.append({
+            "file": "diversity/diversity.png", "title": "Diversity of views on the val split",
+            "caption": " ".join(tower["sentence"] for tower in views["towers"].values()),
+        })  # fmt: skip
     with clock("export"):
         bundle = export_bundle(folder, out / "bundle")
         export = {**bundle, "check": _check_encoder(out / "bundle", folder, data)}

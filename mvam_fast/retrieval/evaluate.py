@@ -1,71 +1,31 @@
-"""Retrieval evaluation of a model folder on one split of a data set."""
+"""Retrieval evaluation on one split of a data set: of a model folder, or of an open_clip model as it is."""
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from .. import hf_files
 from .._optional import require
-from ..files import write_json
-from ..model import MVAM, get_tokenizer
-from ..preprocess import eval_transform
+from ..files import atomic, write_json
+from ..model import WEIGHTS
 from ..version import __version__
-from .datasets import ImageStore, KarpathyDataset
-from .metrics import recall_metrics
+from .datasets import ImageStore, open_dataset
+from .embedding import embed, embed_dataset
+from .models import load_model, pick_device
+from .protocols import Measured, measure, protocols_of
+from .provenance import code_sha256, sha256_of_file, sha256_of_value
+from .published import beside
 
-
-def pick_device(device: str = "auto") -> torch.device:
-    """ "auto" is the GPU if there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
-def load_model(folder: str | Path, device: str = "auto"):
-    """(model, evaluation transform, tokenizer) of a folder that training or `save_pretrained` wrote."""
-    model = MVAM.from_pretrained(folder, device=pick_device(device))
-    known = model.open_clip_config
-    preprocess = known["preprocess_cfg"] if known else hf_files.preprocess_cfg(folder)
-    return model, eval_transform(preprocess), get_tokenizer(folder)
-
-
-@torch.no_grad()
-def embed_dataset(
-    model: nn.Module, store: ImageStore, tokenizer, *, batch_size: int = 256, progress: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """L2-normalised float32 features on the CPU: images [I,F], captions [T,F], and each caption's image [T].
-
-    Images that the store skips as unreadable are left out with their captions; `store.unreadable` tells.
-    """
-    tqdm = require("tqdm", extra="train").tqdm
-    dataset, device = store.dataset, next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    images, readable = [], []
-    for start in tqdm(range(0, len(dataset), batch_size), desc="images", disable=not progress, leave=False):
-        batch, kept = store.load(range(start, min(start + batch_size, len(dataset))))
-        features = model.encode_image(store.normalize(batch.to(device)))
-        images.append(F.normalize(features.float(), dim=-1).cpu())
-        readable += [start + position for position in kept]
-    captions = [caption for index in readable for caption in dataset.captions[index]]
-    owner = [row for row, index in enumerate(readable) for _ in dataset.captions[index]]
-    texts = []
-    for start in tqdm(range(0, len(captions), batch_size), desc="captions", disable=not progress, leave=False):
-        features = model.encode_text(tokenizer(captions[start : start + batch_size]).to(device))
-        texts.append(F.normalize(features.float(), dim=-1).cpu())
-    model.train(was_training)
-    return torch.cat(images), torch.cat(texts), torch.tensor(owner)
+__all__ = ["embed_dataset", "evaluate", "load_model", "pick_device", "recall_table", "report_of"]
 
 
 def evaluate(
-    folder: str | Path,
+    model: str | Path,
     data: str | Path,
-    images: str | Path,
+    images: str | Path | None,
     *,
+    pretrained: str | None = None,
+    protocols: tuple[str, ...] | list[str] = ("full",),
     split: str = "test",
     captions_per_image: int | None = None,
     batch_size: int = 256,
@@ -74,32 +34,94 @@ def evaluate(
     out: str | Path | None = None,
     progress: bool = True,
 ) -> dict:
-    """Recall at 1, 5, 10 both ways, RSUM and ranks, with the protocol that they were measured by.
+    """Recall at 1, 5, 10 both ways, RSUM and ranks, with all that says how they were measured.
 
-    `strict`: an unreadable image is an error; otherwise it is left out, and counted under "protocol". The result is
-    also written to `out` if given. Metrics: see `recall_metrics`, also for how ties are counted.
+    Args:
+        model, pretrained: see `load_model`.
+        protocols: names of `protocols.PROTOCOLS`, or "coco" for two of them, all measured on one pass of the encoders.
+            Data that does not fit one is an error.
+        captions_per_image: keep the first so many; for the protocol "full" alone, the others have their own number.
+        strict: an unreadable image is an error; otherwise it is left out, and counted under "protocol". Protocols with
+            a number of images need them all.
+        out: the result is also written there, and the rank of every query beside it (OUT.json → OUT.ranks.safetensors),
+            which `significance.compare` reads.
+
+    Returns:
+        "metrics": those of the first protocol (`metrics_of_ranks`; there also how ties are counted); "by_protocol":
+        {name: metrics}; "published": {name: `published.beside`} where something is known; "protocol": the data, the
+        model and the code; "ranks": the file of ranks, if `out` is given.
     """
-    model, preprocess, tokenizer = load_model(folder, device)
-    dataset = KarpathyDataset(data, images, split, captions_per_image=captions_per_image)
+    wanted = protocols_of(protocols)
+    fixed = [protocol for protocol in wanted if protocol.captions is not None]
+    if captions_per_image is not None and fixed:
+        raise ValueError(
+            f"captions_per_image is {captions_per_image}, but the protocol {fixed[0].name!r} takes {fixed[0].captions}"
+        )
+    if not strict and fixed:
+        raise ValueError(f"strict is False (--skip-unreadable), but the protocol {fixed[0].name!r} needs every image")
+    if len(fixed) == len(wanted):
+        captions_per_image = max(protocol.captions for protocol in fixed)
+    dataset = open_dataset(data, images, split, captions_per_image=captions_per_image)
+    for protocol in wanted:  # before the work, not after it
+        protocol.check([len(captions) for captions in dataset.captions])
+    loaded, preprocess, tokenizer = load_model(model, device, pretrained=pretrained)
     store = ImageStore(dataset, preprocess, strict=strict)
-    features = embed_dataset(model, store, tokenizer, batch_size=batch_size, progress=progress)
+    found = embed(loaded, store, tokenizer, batch_size=batch_size, progress=progress)
+    place = next(loaded.parameters()).device
+    features = found.images.to(place), found.texts.to(place)
+    measured = {protocol.name: measure(protocol, *features, found.image_of_text) for protocol in wanted}
+    published = {}
+    if pretrained is not None:
+        published = {p: beside(m.metrics, str(model), pretrained, p) for p, m in measured.items()}
     result = {
-        "metrics": recall_metrics(*features),
+        "kind": "retrieval",
+        "metrics": measured[wanted[0].name].metrics,
+        "by_protocol": {name: one.metrics for name, one in measured.items()},
+        "published": {name: row for name, row in published.items() if row is not None},
         "protocol": {
-            "model": str(folder),
+            "protocols": list(measured),
+            "model": str(model),
+            "pretrained": pretrained,
+            "weights_sha256": _weights_sha256(model, pretrained),
+            "embedding_width": found.images.shape[1],
+            "num_views": loaded.num_views,
+            "global_view": loaded.global_view,
             "data": Path(data).name,
             "split": split,
             "captions_per_image": captions_per_image or "all",
-            "image_ids_sha256": hashlib.sha256(repr(dataset.image_ids).encode()).hexdigest(),
+            "image_ids_sha256": sha256_of_value([dataset.image_ids[index] for index in found.readable]),
+            "captions_sha256": sha256_of_value([dataset.captions[index] for index in found.readable]),
             "unreadable_images": len(store.unreadable),
+            "left_out": dataset.left_out,
             "ties": "count against the query",
-            "embedding_width": features[0].shape[1],
             "mvam_fast": __version__,
+            "code_sha256": code_sha256(),
+            "torch": torch.__version__,
+            "device": place.type,
         },
     }
     if out is not None:
+        result["ranks"] = _write_ranks(Path(out).with_suffix(".ranks.safetensors"), measured)
         write_json(out, result)
     return result
+
+
+def _weights_sha256(model: str | Path, pretrained: str | None) -> str | None:
+    """Of the file of weights; None for a tag, which open_clip fetches from wherever it keeps it."""
+    path = Path(model) / WEIGHTS if pretrained is None else Path(pretrained)
+    return sha256_of_file(path) if path.is_file() else None
+
+
+def _write_ranks(path: Path, measured: dict[str, Measured]) -> dict[str, str]:
+    """The ranks of every query by each protocol, and what a comparison must know of the queries."""
+    save_file = require("safetensors.torch", extra="train").save_file
+    tensors = {}
+    for name, one in measured.items():
+        parts = {**one.ranks, "image_of_text": one.image_of_text, "fold_of_image": one.fold_of_image}
+        tensors |= {f"{name}.{part}": values.int() for part, values in parts.items()}
+    with atomic(path) as temporary:
+        save_file(tensors, temporary)
+    return {"file": path.name, "sha256": sha256_of_file(path)}
 
 
 def recall_table(metrics_by_name: dict[str, dict]) -> str:
@@ -114,4 +136,28 @@ def recall_table(metrics_by_name: dict[str, dict]) -> str:
             ranks = f"{metrics['i2t_median_rank']:.0f} / {metrics['t2i_median_rank']:.0f}"
         cells = "".join(f"{metrics[key]:10.1f}" for key in keys)
         lines.append(f"{name:{width}}{cells}{metrics['rsum']:9.1f}{ranks:>14}")
+    return "\n".join(lines)
+
+
+def report_of(result: dict) -> str:
+    """What `evaluate` found, for people: a row per protocol, what was published below it, ties, what was left out."""
+    rows = {}
+    for name, metrics in result["by_protocol"].items():
+        rows[name] = metrics
+        if name in result["published"]:
+            rows[f"{name}, published"] = result["published"][name]["metrics"]
+            rows[f"{name}, difference"] = result["published"][name]["difference"]
+    lines = [recall_table(rows)]
+    for name, metrics in result["by_protocol"].items():
+        if metrics["i2t_tied_queries"] or metrics["t2i_tied_queries"]:
+            lines.append(
+                f"{name}: {metrics['i2t_tied_queries']} images and {metrics['t2i_tied_queries']} captions have a wrong "
+                "answer that ties with the right one, which counts against them; RSUM if ties counted for them: "
+                f"{metrics['rsum_if_ties_count_for']:.1f}"
+            )
+    sources = {row["source"] for row in result["published"].values()}
+    lines += [f"published: by others, {source}; measured there, not here" for source in sources]
+    unreadable = result["protocol"]["unreadable_images"]
+    lines += [f"left out as unreadable: {unreadable} images"] if unreadable else []
+    lines += [f"left out of the data: {count} {reason}" for reason, count in result["protocol"]["left_out"].items()]
     return "\n".join(lines)

@@ -1,177 +1,321 @@
-"""Contrastive training of MVAM, or of its single-vector baseline, on a Karpathy data set."""
+"""Contrastive training of MVAM, or of its single-vector baseline, on one process or many."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import datetime
 import math
+import os
+import shutil
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .._optional import require
 from ..files import read_json, write_json
-from ..functional import DIVERSITY_KINDS
 from ..loss import MVAMLoss
-from ..model import MVAM, create_model_and_transforms, get_tokenizer
+from ..model import create_model_and_transforms, get_tokenizer
 from . import checkpoints
-from .datasets import ImageStore, KarpathyDataset, PairBatches
-from .evaluate import embed_dataset, pick_device
+from .checkpoints import Progress
+from .config import FREE, TrainConfig
+from .datasets import ImageStore, open_dataset
+from .evaluate import embed_dataset
+from .gradients import StepGradients
+from .loading import Batch, TrainBatches
+from .log import MetricsLog
 from .metrics import recall_metrics
+from .optimization import averaged, diversity_weight, make_optimizer, rate_at
 
-PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
-# Fields in which a resumed run may differ from the run that it goes on from.
-FREE = {
-    "out", "resume", "strict", "device", "backend", "cache_images", "workers", "log_every", "eval_every", "save_every",
-}  # fmt: skip
+COINCIDE = 0.99  # mean cosine of two views' attentions from which on they count as one
 
 
-def _option(default, help_text: str, **extra):
-    return field(default=default, metadata={"help": help_text, **extra})
-
-
-@dataclass
-class TrainConfig:
-    """Everything that determines a run; the command line has one flag for each field."""
-
-    data: str = _option("", "Karpathy JSON: dataset_coco.json, dataset_scenes.json, ...", required=True)
-    images: str = _option("", "folder of its images", required=True)
-    out: str = _option("", "folder of the run", required=True)
-    model: str = _option("ViT-B-32", "open_clip model name, or scenes-ViT-T-16")
-    pretrained: str | None = _option(None, "open_clip tag or path of weights")
-    views: int = _option(16, "learned views; 0 with --global-view is the single-vector baseline")
-    global_view: bool = _option(False, "keep the encoder's pooled vector as one more view")
-    scoring: str = _option("dot", "how codes score tokens: dot, projected or additive")
-    embed_dim: int | None = _option(None, "width of one vector, if not the model's own")
-    batch_size: int = _option(128, "images per step")
-    steps: int = _option(1000, "optimizer steps")
-    lr: float = _option(1e-5, "peak learning rate")
-    warmup: int = _option(100, "steps of linear warm-up; a cosine to 0 follows")
-    weight_decay: float = _option(0.05, "AdamW's; not on vectors, codes and gates")
-    diversity_weight: float = _option(0.01, "weight of the diversity loss of each tower")
-    diversity_kind: str = _option("frobenius", "one of " + ", ".join(DIVERSITY_KINDS))
-    precision: str = _option("fp32", "one of " + ", ".join(PRECISIONS))
-    grad_clip: float = _option(1.0, "largest norm of the gradient; 0 is no limit")
-    siblings: int = _option(1, "images of one family per batch, as hard negatives (scenes)")
-    augment: bool = _option(False, "open_clip's random crop instead of the evaluation transform")
-    seed: int = _option(0, "of weights, batches and captions")
-    cache_images: bool = _option(False, "keep decoded images in memory")
-    workers: int = _option(0, "threads that decode images")
-    log_every: int = _option(10, "steps between rows of metrics.jsonl")
-    eval_every: int = _option(0, "steps between evaluations on the val split; 0 = at the end")
-    save_every: int = _option(500, "steps between checkpoints")
-    resume: bool = _option(False, "go on from the last checkpoint in --out")
-    strict: bool = _option(False, "stop at an unreadable image instead of skipping and counting it")
-    device: str = _option("auto", "cpu, cuda, ...")
-    backend: str = _option("auto", "pooling: auto, triton or torch")
-
-    def check(self) -> None:
-        for name in ("batch_size", "steps", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")
+class TrainingFailed(RuntimeError):
+    """The loss is no number any more."""
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """Runs the training and returns the folder of the final model, OUT/model.
 
-    OUT also holds config.json, metrics.jsonl (a row per logged step and per evaluation), checkpoints/ and result.json.
+    Started by `torchrun` or `accelerate launch`, every process takes its share of each batch, and what is computed is
+    what one process would compute. OUT also holds config.json, metrics.jsonl (a row per logged step and per
+    evaluation), tensorboard/, checkpoints/ and result.json.
+
+    Raises:
+        ValueError: a wrong setting, or OUT holds another run.
+        TrainingFailed: the loss became NaN or infinite; names the step, the images and the last good checkpoint.
+        OSError: a checkpoint could not be written; the one before is whole.
     """
     config.check()
-    out = Path(config.out)
-    if _is_finished(config, out):
-        return out / "model"
-    device = pick_device(config.device)
-    torch.manual_seed(config.seed)
+    with _accelerator(config) as accelerator:
+        if not _is_finished(config, Path(config.out)):
+            _Training(config, accelerator, progress).run()
+    return Path(config.out) / "model"
+
+
+class _Training:
+    def __init__(self, config: TrainConfig, accelerator, progress: bool):
+        self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
+        main = accelerator.is_main_process
+        self.bar_hidden = not (progress and main)
+        torch.manual_seed(config.seed)
+        self.model, preprocess_train, preprocess_val = _make_model(config)
+        tokenizer = get_tokenizer(config.model)
+        train_set = open_dataset(config.data, config.images, "train")
+        val_set = open_dataset(config.val_data or config.data, config.val_images or config.images, config.val_split)
+        self.val_store = ImageStore(val_set, preprocess_val, cache=config.cache_images, strict=config.strict)
+        self.tokenizer = tokenizer
+        world = accelerator.num_processes
+        self.optimizer = make_optimizer(self.model, config)
+        self.loss_function = MVAMLoss(
+            config.diversity_weight, config.diversity_kind, towers=config.diversity_towers,
+            rank=accelerator.process_index, world_size=world,
+        )  # fmt: skip
+        self.average = None
+        if config.ema:
+            self.average = averaged(self.model, config.ema).to(accelerator.device)
+        # What is prepared may be wrapped; self.model goes on to be the plain one, on the same parameters.
+        self.wrapped, self.prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
+        self.progress = Progress()
+        checkpoint = checkpoints.newest(self.out / "checkpoints") if config.resume else None
+        if checkpoint:
+            self.progress = checkpoints.load(
+                checkpoint, self.model, self.optimizer, accelerator.scaler, self.average
+            )
+        self.start = self.progress.step
+        self.batches = TrainBatches(
+            train_set, preprocess_train if config.augment else preprocess_val, tokenizer, config.batch_size,
+            seed=config.seed, siblings=config.siblings, start_step=self.start, stop_step=config.steps,
+            rank=accelerator.process_index, world_size=world, workers=config.workers, cache=config.cache_images,
+            strict=config.strict,
+        )  # fmt: skip
+        share = config.batch_size // world
+        if share % config.accumulation_steps:
+            raise ValueError(
+                f"accumulation_steps is {config.accumulation_steps}; it must divide the {share} images of a process"
+            )
+        self.gradients = StepGradients(
+            accelerator, self.wrapped, self.loss_function, parts=config.accumulation_steps,
+            accumulation=config.accumulation, seed=config.seed,
+        )  # fmt: skip
+        # Only now is every setting known to work: a run that cannot begin must not claim the folder.
+        if main and not (self.out / "config.json").exists():
+            write_json(self.out / "config.json", dataclasses.asdict(config))
+        self.validation: dict | None = None
+        self.warnings: list[str] = []
+
+    def run(self) -> None:
+        config, began = self.config, time.monotonic()
+        bar = require("tqdm", extra="train").tqdm(
+            total=config.steps, initial=self.start, desc=self.out.name, unit="step", disable=self.bar_hidden,
+            file=sys.stderr,
+        )  # fmt: skip
+        with bar, self._log() as log:
+            self.bar, self.log, self.timer, self.timed_step = bar, log, time.monotonic(), self.start
+            for batch in self.batches:
+                self._step(batch)
+                if self._evaluate_if_due(batch.step):
+                    break
+                if batch.step % config.save_every == 0 and batch.step < config.steps:
+                    self._save_checkpoint()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self._finish(time.monotonic() - began)
+        self.accelerator.wait_for_everyone()
+
+    def _log(self):
+        if not self.accelerator.is_main_process:
+            return contextlib.nullcontext()
+        return MetricsLog(self.out, self.start, tensorboard=self.config.tensorboard)
+
+    def _step(self, batch: Batch) -> None:
+        config, step = self.config, batch.step
+        rate = rate_at(config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["peak"]
+        self.loss_function.diversity_weight = diversity_weight(config, step)
+        self.prepared_optimizer.zero_grad()
+        terms, output = self.gradients(batch, self.batches.normalize)
+        loss = sum(terms.values())
+        if not self.gradients.all_finite(loss):
+            self._fail(batch, terms, output)
+        if config.grad_clip:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.grad_clip)
+        self.prepared_optimizer.step()
+        with torch.no_grad():  # as in CLIP: a temperature of at most 100
+            self.model.logit_scale.clamp_(0, math.log(100))
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.progress.step = step
+        self.bar.update()
+        if step % config.log_every == 0 or step == config.steps:
+            self._write_row(step, terms, output, rate)
+
+    def _write_row(self, step: int, terms: dict[str, Tensor], output: dict, rate: float) -> None:
+        numbers = {"loss": sum(terms.values()), **terms}
+        if self.config.views > 1:
+            numbers |= {f"{side}_view_overlap": view_overlap(output[f"{side}_gram"]) for side in ("image", "text")}
+        values = torch.stack(list(numbers.values()))
+        if self.accelerator.num_processes > 1:  # the diversity and overlap of all processes' samples
+            values = self.accelerator.reduce(values, reduction="mean")
+        row = {"step": step, **dict(zip(numbers, values.tolist(), strict=True))}
+        row |= {"lr": rate * self.config.lr, "logit_scale": output["logit_scale"].item()}
+        row["images_per_second"] = self.config.batch_size * (step - self.timed_step) / (time.monotonic() - self.timer)
+        self.timer, self.timed_step = time.monotonic(), step
+        if self.accelerator.is_main_process:
+            self.log.write(row)
+            self._warn_of_coinciding_views(row)
+        recall = {"rsum": f"{self.validation['rsum']:.0f}"} if self.validation else {}
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}", **recall)
+
+    def _warn_of_coinciding_views(self, row: dict) -> None:
+        for side in ("image", "text"):
+            overlap = row.get(f"{side}_view_overlap", 0.0)
+            if overlap > COINCIDE and not any(side in warning for warning in self.warnings):
+                self._warn(
+                    f"the {side} views coincide at step {row['step']}: the mean cosine of their attentions is "
+                    f"{overlap:.4f}, so they act as one. Start the codes with code_std near 1 (it is "
+                    f"{self.config.code_std:g}); neither loss separates views that are equal"
+                )
+
+    def _warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.bar.write(f"warning: {message}", file=sys.stderr)
+
+    def _evaluate_if_due(self, step: int) -> bool:
+        """Validates where it is time to; whether training should stop."""
+        config, state = self.config, self.progress
+        if step != config.steps and not (config.eval_every and step % config.eval_every == 0):
+            return False
+        found = [None]
+        if self.accelerator.is_main_process:
+            model = self.model if self.average is None else self.average.module
+            found = [recall_metrics(*embed_dataset(model, self.val_store, self.tokenizer, progress=False))]
+            self.log.write({"step": step, "split": "val", **found[0]})
+        if self.accelerator.num_processes > 1:
+            require("accelerate.utils", extra="train").broadcast_object_list(found)
+        (self.validation,) = found
+        self.timer, self.timed_step = time.monotonic(), step
+        if not config.early_stopping:
+            return False
+        if self.validation["rsum"] > state.best_rsum:
+            state.best_rsum, state.best_step, state.worse = self.validation["rsum"], step, 0
+            if self.accelerator.is_main_process:
+                self._save_model(self.out / f"best-{step:06d}")
+        else:
+            state.worse += 1
+        return state.worse >= config.early_stopping
+
+    def _save_model(self, folder: Path) -> None:
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        (self.model if self.average is None else self.average.module).save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # the same model, of a run that was cut short after it
+        os.rename(temporary, folder)
+
+    def _save_checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            self.progress.unreadable |= self.batches.unreadable | self.val_store.unreadable
+            scaler = self.accelerator.scaler
+            checkpoints.save(
+                self.out / "checkpoints", self.progress, self.model, self.optimizer, scaler, self.average
+            )
+            # Only now: a run that resumes at the checkpoint before may still need the model that was best then.
+            self._drop_best(besides=self.progress.best_step)
+        self.timer, self.timed_step = time.monotonic(), self.progress.step
+
+    def _drop_best(self, besides: int) -> None:
+        for folder in self.out.glob("best-*"):
+            if folder.name != f"best-{besides:06d}":
+                shutil.rmtree(folder)
+
+    def _finish(self, seconds: float) -> None:
+        state = self.progress
+        if self.config.early_stopping:
+            self._drop_best(besides=state.best_step)
+            shutil.rmtree(self.out / "model", ignore_errors=True)
+            os.rename(self.out / f"best-{state.best_step:06d}", self.out / "model")
+        else:
+            self._save_model(self.out / "model")
+        unreadable = {**state.unreadable, **self.batches.unreadable, **self.val_store.unreadable}
+        left_out = {"truncated captions": self.batches.truncated, **self.batches.dataset.left_out}
+        write_json(self.out / "result.json", {
+            "steps": state.step, "best_step": state.best_step or None, "validation": self.validation,
+            "seconds": seconds, "resumed_at": self.start, "processes": self.accelerator.num_processes,
+            "parameters": sum(p.numel() for p in self.model.parameters()), "unreadable": unreadable,
+            "left_out": {reason: count for reason, count in left_out.items() if count}, "warnings": self.warnings,
+        })  # fmt: skip
+        where = self.out / "result.json"
+        if unreadable:
+            print(f"{len(unreadable)} images could not be read; they are listed in {where}", file=sys.stderr)
+        for reason, count in left_out.items():
+            if count:
+                print(f"{reason}: {count} in the training data", file=sys.stderr)
+
+    def _fail(self, batch: Batch, terms: dict[str, Tensor], output: dict) -> None:
+        bad = [
+            not bool(image.isfinite().all() and text.isfinite().all())
+            for image, text in zip(output["image_features"], output["text_features"], strict=True)
+        ]
+        names = self.batches.describe(batch)
+        guilty = [name for name, is_bad in zip(names, bad, strict=True) if is_bad]
+        kept = checkpoints.newest(self.out / "checkpoints")
+        report = {
+            "step": batch.step, "loss": {name: str(term.item()) for name, term in terms.items()},
+            "process": self.accelerator.process_index, "images_without_finite_features": guilty, "batch": names,
+            "last_checkpoint": None if kept is None else str(kept),
+        }  # fmt: skip
+        path = self.out / f"failure-{self.accelerator.process_index}.json"
+        write_json(path, report)
+        which = f"{len(guilty)} of its images have no finite features: {', '.join(guilty[:3])}" if guilty else (
+            f"its images begin with {', '.join(names[:3])}"
+        )
+        raise TrainingFailed(
+            f"the loss of step {batch.step} is not finite ({report['loss']}); {which}; all are listed in {path}. The "
+            f"last good checkpoint is {report['last_checkpoint'] or 'none yet'}: lower lr, or look at the data"
+        )
+
+
+@contextlib.contextmanager
+def _accelerator(config: TrainConfig):
+    accelerate = require("accelerate", extra="train")
+    state = require("accelerate.state", extra="train")
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but PyTorch sees no GPU; it must be cpu or auto here")
+    if device == "cpu" and config.precision == "amp_fp16":
+        raise ValueError("precision is 'amp_fp16', which needs a GPU; on a CPU it must be fp32 or amp_bf16")
+    alone = not state.PartialState._shared_state  # nobody else in this process uses accelerate
+    wait = accelerate.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=3))  # for the evaluation of process 0
+    try:
+        yield accelerate.Accelerator(
+            cpu=device == "cpu", kwargs_handlers=[wait],
+            mixed_precision={"fp32": "no", "amp_bf16": "bf16", "amp_fp16": "fp16"}[config.precision],
+        )  # fmt: skip
+    finally:
+        if alone:  # its settings are global, and the next training may need others
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _make_model(config: TrainConfig):
     architecture = {} if config.embed_dim is None else {"embed_dim": config.embed_dim}
     model, preprocess_train, preprocess_val = create_model_and_transforms(
         config.model, config.pretrained, config.views, global_view=config.global_view, scoring=config.scoring,
+        code_std=config.code_std, projection=config.projection, view_dim=config.view_dim, max_width=config.max_width,
         backend=config.backend, **architecture,
-    )
-    model.to(device).train()
-    tokenizer = get_tokenizer(config.model)
-    train_set = KarpathyDataset(config.data, config.images, "train")
-    val_set = KarpathyDataset(config.data, config.images, "val")
-    options = {"strict": config.strict, "workers": config.workers}
-    preprocess = preprocess_train if config.augment else preprocess_val
-    store = ImageStore(train_set, preprocess, cache=config.cache_images, **options)
-    val_store = ImageStore(val_set, preprocess_val, cache=config.cache_images, **options)
-    batches = PairBatches(train_set, config.batch_size, seed=config.seed, siblings=config.siblings)
-    token_ids = tokenizer([caption for captions in train_set.captions for caption in captions])
-    loss_function = MVAMLoss(config.diversity_weight, config.diversity_kind)
-    optimizer = _optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp_fp16")
-    dtype = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}[config.precision]
-
-    # Only now is every setting known to work: a run that cannot begin must not claim the folder.
-    if not (out / "config.json").exists():
-        write_json(out / "config.json", dataclasses.asdict(config))
-    log, start, earlier = out / "metrics.jsonl", 0, {}
-    checkpoint = checkpoints.newest(out / "checkpoints") if config.resume else None
-    if checkpoint:
-        start, earlier = checkpoints.load(checkpoint, model, optimizer, scaler)
-    checkpoints.cut_log(log, start)
-    began, timer, validation = time.monotonic(), time.monotonic(), None
-    bar = require("tqdm", extra="train").tqdm(
-        total=config.steps, initial=start, desc=out.name, unit="step", disable=not progress, file=sys.stderr
-    )
-    with bar, open(log, "a", encoding="utf-8") as rows:
-        for step in range(start + 1, config.steps + 1):
-            lr = learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            image_indices, caption_indices = batches.batch(step - 1)
-            images, kept = store.load(image_indices)
-            ids = token_ids[caption_indices[kept]].to(device)
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                output = model(store.normalize(images.to(device)), ids)
-                terms = loss_function(**output, output_dict=True)
-            loss = sum(terms.values())
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            if config.grad_clip:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            with torch.no_grad():  # as in CLIP: a temperature of at most 100
-                model.logit_scale.clamp_(0, math.log(100))
-            bar.update()
-
-            if step % config.log_every == 0 or step == config.steps:
-                row = {"step": step, "loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
-                row |= {"lr": lr, "logit_scale": output["logit_scale"].item()}
-                for tower in ("image", "text"):
-                    if config.views > 1:
-                        row[f"{tower}_view_overlap"] = view_overlap(output[f"{tower}_gram"])
-                now = time.monotonic()
-                row["images_per_second"] = len(image_indices) * min(config.log_every, step - start) / (now - timer)
-                timer = now
-                _write_row(rows, row)
-                recall = {"rsum": f"{validation['rsum']:.0f}"} if validation else {}
-                bar.set_postfix(loss=f"{row['loss']:.3f}", **recall)
-            if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-                features = embed_dataset(model, val_store, tokenizer, progress=False)
-                validation = recall_metrics(*features)
-                _write_row(rows, {"step": step, "split": "val", **validation})
-                timer = time.monotonic()
-            if step % config.save_every == 0 and step < config.steps:
-                unreadable = {**earlier, **store.unreadable, **val_store.unreadable}
-                checkpoints.save(out / "checkpoints", step, model, optimizer, scaler, unreadable)
-                timer = time.monotonic()
-    model.save_pretrained(out / "model")
-    unreadable = {**earlier, **store.unreadable, **val_store.unreadable}
-    write_json(out / "result.json", {
-        "steps": config.steps, "validation": validation, "seconds": time.monotonic() - began, "resumed_at": start,
-        "parameters": sum(p.numel() for p in model.parameters()), "unreadable": unreadable,
-    })  # fmt: skip
-    if unreadable:
-        where = out / "result.json"
-        print(f"{len(unreadable)} unreadable images were skipped; they are listed in {where}", file=sys.stderr)
-    return out / "model"
+    )  # fmt: skip
+    for pool in (model.image_pool, model.text_pool):
+        if pool is not None:
+            pool.codes.requires_grad_(config.train_codes)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model.train(), preprocess_train, preprocess_val
 
 
 def _is_finished(config: TrainConfig, out: Path) -> bool:
@@ -182,39 +326,18 @@ def _is_finished(config: TrainConfig, out: Path) -> bool:
     if not config.resume:
         raise ValueError(f"out: {out} holds a run already; pass --resume to go on with it, or choose another folder")
     before, now = read_json(saved, "out"), dataclasses.asdict(config)
+    free = FREE if config.early_stopping else {*FREE, "eval_every"}
     for name in {**now, **before}:  # another version's run may have other fields
-        if name not in FREE and before.get(name) != now.get(name):
+        if name not in free and before.get(name) != now.get(name):
             raise ValueError(
                 f"{name} is {now.get(name)!r}, but the run in {out} was begun with {before.get(name)!r}"
             )
     return (out / "result.json").exists()
 
 
-def _optimizer(model: MVAM, config: TrainConfig) -> torch.optim.AdamW:
-    spared = model.no_weight_decay()
-    decayed, plain = [], []
-    for name, parameter in model.named_parameters():
-        (plain if parameter.ndim < 2 or name in spared else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of step 1, 2, ...: linear warm-up, then half a cosine down to 0 at the end."""
-    if step <= config.warmup:
-        return config.lr * step / config.warmup
-    done = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def view_overlap(gram: torch.Tensor) -> float:
-    """Mean cosine between the attentions of two different views, from their Gram matrices [B,M,M]."""
-    unit = gram.detach().diagonal(dim1=1, dim2=2).clamp_min(1e-12).rsqrt()
-    cosine = gram.detach() * unit[:, :, None] * unit[:, None, :]
+def view_overlap(gram: Tensor) -> Tensor:
+    """Mean cosine between the attentions of two different views, from their Gram matrices [B,M,M]: a scalar."""
+    unit = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-12).rsqrt()
+    cosine = gram * unit[:, :, None] * unit[:, None, :]
     views = gram.shape[1]
-    return ((cosine.sum((1, 2)) - views) / (views * (views - 1))).mean().item()
-
-
-def _write_row(rows, row: dict) -> None:
-    rows.write(json.dumps(row) + "\n")
-    rows.flush()
+    return ((cosine.sum((1, 2)) - views) / (views * (views - 1))).mean()

@@ -37,7 +37,7 @@ class TorchRunner:
 def _manifest(model: MVAM, checkpoint: Path) -> dict:
     source = of_model(model, model.open_clip_config)
     source.origin = {"checkpoint": checkpoint.name}
-    facts = source.facts(model.num_vectors * model.open_clip_config["model_cfg"]["embed_dim"])
+    facts = source.facts(model.embedding_width(model.open_clip_config["model_cfg"]["embed_dim"]))
     inputs = {
         "image": {"dtype": "float32", "shape": ["batch", 3, *source.image_size]},
         "text": {"dtype": "int64", "shape": ["batch", facts["tokenizer"]["context_length"]]},
