@@ -1,27 +1,92 @@
-"""What the ablation trains: groups of cells, each a name and how its settings differ from BASE."""
+"""What the ablation trains: groups of cells, each a label and how its settings differ from BASE."""
 from __future__ import annotations
 
-SEEDS = (0, 1, 2)
-# As in the demo: 256 numbers per image or text, 64 pairs of near-duplicates in every batch.
+from dataclasses import dataclass, field
+
+# 256 numbers per image or text, and 64 pairs of near-duplicates in every batch, as in the demo.
 BASE = {
-    "model": "scenes-ViT-T-16", "views": 8, "embed_dim": 32, "batch_size": 128, "siblings": 2, "steps": 500,
-    "warmup": 80, "weight_decay": 0.05, "lr": 1e-3, "diversity_weight": 0.0, "cache_images": True, "device": "cpu",
+    "model": "scenes-ViT-T-16", "views": 8, "embed_dim": 32, "batch_size": 128, "siblings": 2, "steps": 800,
+    "warmup": 150, "weight_decay": 0.05, "lr": 1e-3, "diversity_weight": 0.0, "cache_images": True, "device": "cpu",
     "tensorboard": False,
 }  # fmt: skip
+DATA = {"scenes": 16000, "scenes-2000": 2000}  # folder: training images
+
+
+@dataclass(frozen=True)
+class Cell:
+    label: str
+    settings: dict  # over BASE
+    data: str = "scenes"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that one question is asked of. `reference`: the label that the others are set against."""
+
+    title: str
+    cells: list[Cell]
+    reference: str
+    seeds: tuple[int, ...] = field(default=(0, 1, 2))
+
 
 _SINGLE = {"views": 0, "global_view": True}
 _MEAN = {"views": 1, "code_std": 0.0, "train_codes": False}
-# Every way of making 256 numbers of one kind of pooling, and MVAM's: what the learning rate is tuned for.
+# Ways of making 256 numbers: what the learning rate is tuned for. MVAM's is that of all its variants.
+MVAM = "MVAM, 8 views of 32"
 POOLINGS = {
     "class / end token": {**_SINGLE, "embed_dim": 256},
-    "mean of tokens": {**_MEAN, "embed_dim": 256},
+    "mean of the tokens": {**_MEAN, "embed_dim": 256},
     "one learned query": {"views": 1, "embed_dim": 256},
-    "8 views of 32": {},
+    MVAM: {},
 }
-RATES = (5e-4, 1e-3, 2e-3)
-TUNING = {f"{name}, lr {rate:g}": {**cell, "lr": rate} for name, cell in POOLINGS.items() for rate in RATES}
+RATES = (2.5e-4, 5e-4, 1e-3)
+TUNING = {
+    (name, rate): Cell(f"{name}, lr {rate:g}", {**settings, "lr": rate})
+    for name, settings in POOLINGS.items() for rate in RATES
+}  # fmt: skip
 
 
-def _weights(kind: str, *weights: float, **more) -> dict[str, dict]:
-    suffix = "".join(f", {value}" for value in more.values())
-    return {f"{kind} {w:g}{suffix}": {"diversity_kind": kind, "diversity_weight": w, **more} for w in weights}
+def folder_name(settings: dict) -> str:
+    """One for each different training: "lr=0.0005,views=16", or "base"."""
+    changed = {key: value for key, value in sorted(settings.items()) if BASE.get(key) != value}
+    return ",".join(f"{key}={value}" for key, value in changed.items()) or "base"
+
+
+def rates_of(rows: list[dict]) -> dict[str, float]:
+    """For each pooling the learning rate with the best RSUM on the validation split, of rows of TUNING."""
+    recall = {folder_name(row["settings"]): row["validation"]["rsum"] for row in rows if row["seed"] == 0}
+    return {
+        name: max(RATES, key=lambda rate: recall[folder_name(TUNING[name, rate].settings)])  # noqa: B023
+        for name in POOLINGS
+    }
+
+
+def groups(rates: dict[str, float]) -> dict[str, Group]:
+    """The ablation, given the learning rate of each pooling."""
+
+    def mvam(label: str, data: str = "scenes", **settings) -> Cell:
+        return Cell(label, {"lr": rates[MVAM], **settings}, data)
+
+    def diverse(kind: str, weight: float, label: str = "", **settings) -> Cell:
+        label = label or f"{kind}, {weight:g}"
+        return mvam(label, **{"diversity_kind": kind, "diversity_weight": weight, **settings})
+
+    poolings = [
+        Cell(name, {**settings, "lr": rates[name]}) for name, settings in POOLINGS.items()
+    ]  # fmt: skip
+    return {
+        "pooling": Group("How the 256 numbers are made", poolings, "class / end token"),
+        "budget": Group("Views that share 256 numbers", [
+            mvam("1 view of 256", views=1, embed_dim=256), mvam("2 of 128", views=2, embed_dim=128),
+            mvam("4 of 64", views=4, embed_dim=64), mvam("8 of 32"), mvam("16 of 16", views=16, embed_dim=16),
+            mvam("32 of 8", views=32, embed_dim=8),
+        ], "8 of 32"),
+        "views": Group("Views of 32 numbers each", [
+            mvam("1 view, 32 numbers", views=1), mvam("2 views, 64", views=2), mvam("4 views, 128", views=4),
+            mvam("8 views, 256"), mvam("16 views, 512", views=16), mvam("32 views, 1024", views=32),
+        ], "8 views, 256"),
+        "diversity": Group("The diversity loss, 8 views: kind and weight", [
+            mvam("none"), diverse("frobenius", 0.01), diverse("frobenius", 0.1), diverse("norm", 0.03),
+            diverse("offdiag", 0.1), diverse("cosine", 0.01), diverse("cosine", 0.1),
+        ], "none"),
+    }  # fmt: skip

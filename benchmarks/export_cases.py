@@ -19,7 +19,7 @@ from mvam_fast.export.source import Source, of_model, open_source
 from torch._inductor.utils import fresh_cache
 
 from mvam_fast.converters import fuse_attention_poolers
-from mvam_fast.model import open_clip_with_own_configs
+from mvam_fast.factory import open_clip_with_own_configs
 
 POOLER, CHECKPOINT = "fused pooler", "checkpoint"
 VARIANTS = (CLIP, FUSED, POOLER, CHECKPOINT)

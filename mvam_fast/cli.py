@@ -99,8 +99,8 @@ def _add_train(commands) -> None:
 
 def _data_arguments(parser) -> None:
     parser.add_argument("model", help="folder of a model (OUT/model of a training)")
-    parser.add_argument("--data", required=True, default=argparse.SUPPRESS, help="Karpathy JSON")
-    parser.add_argument("--images", required=True, default=argparse.SUPPRESS, help="folder of its images")
+    parser.add_argument("--data", required=True, default=argparse.SUPPRESS, help="Karpathy JSON, CSV or tars")
+    parser.add_argument("--images", help="folder of its images; tars need none")
     parser.add_argument("--split", default="test", help="split of the data")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
 

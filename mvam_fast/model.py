@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from . import encoders, hf_files, towers
 from ._optional import require
-from .encoders import OPEN_CLIP_CONFIG
 from .files import atomic, read_json, write_json
 from .pooling import MultiViewPool
-from .preprocess import tokenizer_of
 from .version import __version__
 from .view_projection import ViewProjection, resolve
 
@@ -280,7 +278,7 @@ class MVAM(nn.Module):
         folder = Path(folder)
         encoders.write_config(folder, self.library, self.clip, self.open_clip_config)
         encoder = {"library": self.library, "own_towers": self.own_towers}
-        kind = {"format": 1} if encoder == _OPEN_CLIP_ENCODER else {"format": 2, "encoder": encoder}
+        kind = {"format": 1} if encoder == OPEN_CLIP_ENCODER else {"format": 2, "encoder": encoder}
         write_json(folder / MVAM_CONFIG, {**kind, **self._settings, "mvam_fast": __version__})
 
     def save_pretrained(self, folder: str | Path, *, processor=None, image_processor=None, tokenizer=None) -> None:
@@ -331,7 +329,7 @@ class MVAM(nn.Module):
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"folder: no such folder: {folder}")
-        settings = _settings_of(folder)
+        settings = settings_of(folder)
         encoder = settings.pop("encoder")
         own = {"image_tower": image_tower, "text_tower": text_tower}
         given = [name for name, tower in own.items() if tower is not None]
@@ -368,16 +366,16 @@ def _set_checkpointing(module: nn.Module, enable: bool, name: str) -> None:
     )
 
 
-_OPEN_CLIP_ENCODER = {"library": "open_clip", "own_towers": []}
+OPEN_CLIP_ENCODER = {"library": "open_clip", "own_towers": []}
 
 
-def _settings_of(folder: Path) -> dict:
+def settings_of(folder: Path) -> dict:
     """The arguments of MVAM that a checkpoint names, and its "encoder"; ValueError where a newer version wrote it."""
     settings = read_json(folder / MVAM_CONFIG, "folder")
     written_by = settings.pop("mvam_fast", None)
     found = settings.pop("format", 1)  # the first checkpoints did not say
     if found == 1:
-        settings["encoder"] = _OPEN_CLIP_ENCODER
+        settings["encoder"] = OPEN_CLIP_ENCODER
     known = isinstance(settings.get("encoder"), dict) and settings["encoder"].get("library") in encoders.LIBRARIES
     if found not in FORMATS or not known:
         raise ValueError(
@@ -417,89 +415,3 @@ def load_weights(model: nn.Module, path: Path) -> None:
         shown = "; ".join(sorted(wrong)[:5])
         raise ValueError(f"folder: {path} does not fit the model in {len(wrong)} places: {shown}")
     model.load_state_dict({names[stored]: tensor for stored, tensor in weights.items()})
-
-
-def create_model_and_transforms(
-    model_name: str,
-    pretrained: str | None = None,
-    num_views: int = 16,
-    *,
-    global_view: bool = False,
-    scoring: str = "dot",
-    key_dim: int | None = None,
-    code_std: float = 1.0,
-    projection: str | None = None,
-    view_dim: int | None = None,
-    max_width: int | None = None,
-    backend: str = "auto",
-    **open_clip_arguments,
-):
-    """`open_clip.create_model_and_transforms` with MVAM on top.
-
-    Args:
-        model_name, pretrained: an open_clip model name with a pretrained tag or a path of weights; or this package's
-            own small "scenes-ViT-T-16".
-        num_views, global_view, scoring, key_dim, code_std, projection, view_dim, max_width, backend: see `MVAM`.
-        open_clip_arguments: passed on (precision, device, force_image_size, embed_dim, ...).
-
-    Returns:
-        (model, preprocess_train, preprocess_val)
-    """
-    open_clip = open_clip_with_own_configs()
-    model_cfg = open_clip.get_model_config(model_name.replace("/", "-") if ":" not in model_name else model_name)
-    if model_cfg is None:
-        raise ValueError(f"model_name is {model_name!r}; open_clip knows: {', '.join(open_clip.list_models())}")
-    clip, train, val = open_clip.create_model_and_transforms(model_name, pretrained, **open_clip_arguments)
-    config = {
-        "model_cfg": _with_overrides(model_cfg, open_clip_arguments),
-        "preprocess_cfg": open_clip.get_model_preprocess_cfg(clip),
-    }
-    model = MVAM(
-        clip, num_views, global_view=global_view, scoring=scoring, key_dim=key_dim, code_std=code_std,
-        projection=projection, view_dim=view_dim, max_width=max_width, backend=backend, open_clip_config=config,
-    )  # fmt: skip
-    return model, train, val
-
-
-# Arguments of open_clip's factory that change the architecture, and where they land in its model config.
-_OVERRIDES = {
-    "force_quick_gelu": ("quick_gelu",),
-    "force_custom_text": ("custom_text",),
-    "force_patch_dropout": ("vision_cfg", "patch_dropout"),
-    "force_image_size": ("vision_cfg", "image_size"),
-    "force_context_length": ("text_cfg", "context_length"),
-}
-_MODEL_ARGUMENTS = ("embed_dim", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale")
-
-
-def _with_overrides(model_cfg: dict, arguments: dict) -> dict:
-    model_cfg = copy.deepcopy(model_cfg)
-    for name, path in _OVERRIDES.items():
-        if arguments.get(name) not in (None, False):
-            section = model_cfg if len(path) == 1 else model_cfg[path[0]]
-            section[path[-1]] = arguments[name]
-    model_cfg.update({name: arguments[name] for name in _MODEL_ARGUMENTS if name in arguments})
-    return model_cfg
-
-
-def get_tokenizer(model_name: str | Path):
-    """The tokenizer of an open_clip model name, or of a folder that `MVAM.save_pretrained` wrote."""
-    folder = Path(model_name)
-    encoder = _settings_of(folder)["encoder"] if (folder / MVAM_CONFIG).is_file() else _OPEN_CLIP_ENCODER
-    if encoder["library"] != "open_clip" or "text_tower" in encoder["own_towers"]:
-        return hf_files.FolderTokenizer(folder)
-    if (folder / OPEN_CLIP_CONFIG).is_file():
-        text_cfg = read_json(folder / OPEN_CLIP_CONFIG, "model_name")["model_cfg"]["text_cfg"]
-        if text_cfg.get("hf_tokenizer_name") and (folder / hf_files.TOKENIZER_CONFIG).is_file():
-            text_cfg = {**text_cfg, "hf_tokenizer_name": str(folder)}  # it was saved with the model
-        return tokenizer_of(text_cfg)
-    return open_clip_with_own_configs().get_tokenizer(str(model_name))
-
-
-def open_clip_with_own_configs():
-    """open_clip, knowing this package's own model configs."""
-    open_clip = require("open_clip", extra="train")
-    configs = Path(__file__).parent / "configs"
-    if not {path.stem for path in configs.glob("*.json")} <= set(open_clip.list_models()):
-        open_clip.add_model_config(configs)
-    return open_clip

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from ._optional import require
+from .factory import create_model_and_transforms
 from .files import atomic
 from .functional import DIVERSITY_KINDS
 from .loss import MVAMLoss
-from .model import MVAM, MVAM_CONFIG, OPEN_CLIP_CONFIG, WEIGHTS, create_model_and_transforms
+from .model import MVAM, MVAM_CONFIG, OPEN_CLIP_CONFIG, WEIGHTS
 from .pooling import SCORINGS
 
 

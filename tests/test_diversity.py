@@ -23,6 +23,12 @@ def scenes(tmp_path_factory):
     return data, data.parent / "images"
 
 
+@pytest.fixture
+def unwritten(monkeypatch):
+    """The numbers alone: no files, whose drawing takes most of the time."""
+    monkeypatch.setattr("mvam_fast.retrieval.diversity.write_report", lambda report, out: report)
+
+
 def measured(*batches):
     statistics = ViewStatistics(batches[0].shape[1])
     for batch in batches:
@@ -104,7 +110,7 @@ def test_nothing_to_measure():
         ViewStatistics(2).result()
 
 
-def test_the_report_against_the_models_attention(scenes, checkpoint_of, tmp_path):
+def test_the_report_against_the_models_attention(scenes, checkpoint_of, tmp_path, unwritten):
     folder = checkpoint_of("views")
     report = diversity(folder, *scenes, tmp_path, batch_size=3, device="cpu", progress=False)
     model, transform, tokenizer = load_model(folder, "cpu")
@@ -135,7 +141,8 @@ def test_the_report_against_the_models_attention(scenes, checkpoint_of, tmp_path
     np.testing.assert_allclose([share["end"] for share in shares], end, rtol=1e-5)
     assert all(share["padding"] == 0 for share in shares)
     pairs = mean_to_others(view_cosine(image)).mean(0)
-    np.testing.assert_allclose([view["cosine_to_others"] for view in report["towers"]["image"]["views"]], pairs, rtol=1e-5)
+    found = [view["cosine_to_others"] for view in report["towers"]["image"]["views"]]
+    np.testing.assert_allclose(found, pairs, rtol=1e-5)
 
 
 def test_a_model_with_dead_views_is_told(scenes, tmp_path):
@@ -186,7 +193,7 @@ def test_a_tokenizer_that_names_nothing(scenes, checkpoint_of, tmp_path, monkeyp
     assert "does not tell which tokens are special" in (tmp_path / "diversity.html").read_text()
 
 
-def test_a_tower_without_grid_is_measured_too(scenes, tmp_path, monkeypatch, checkpoint_of):
+def test_a_tower_without_grid_is_measured_too(scenes, tmp_path, monkeypatch, checkpoint_of, unwritten):
     model, transform, tokenizer = load_model(checkpoint_of("views"), "cpu")
     model.image_tower.grid, model.image_tower.prefix_tokens = None, 0
     monkeypatch.setattr(
@@ -231,7 +238,7 @@ def test_the_command(scenes, checkpoint_of, tmp_path, capsys):
     assert lines[2] == f"report: {tmp_path}/out/diversity.html"
 
 
-def test_it_is_of_the_learned_views_only(scenes, checkpoint_of, tmp_path):
+def test_it_is_of_the_learned_views_only(scenes, checkpoint_of, tmp_path, unwritten):
     report = diversity(checkpoint_of("global"), *scenes, tmp_path, device="cpu", progress=False)
     model = MVAM.from_pretrained(checkpoint_of("global"))
     for name, tower in report["towers"].items():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 
 from mvam_fast import MVAM, MVAMLoss, get_tokenizer
-from mvam_fast.model import open_clip_with_own_configs
+from mvam_fast.factory import open_clip_with_own_configs
 from mvam_fast.open_clip_training import LoopMVAM, Settings, convert, main, mvam_training
 from mvam_fast.retrieval.scenes import make_scenes
 

@@ -75,7 +75,9 @@ def test_borders_to_the_pixel():
     assert padded.box(0, 0) == pytest.approx((0, 0, 640 / 7, 4 * 480 / 168))
     bars = patch_map(transform_of("longest", 224), (640, 100), (7, 7))
     left, top, right, bottom = bars.box(0, 3)
-    assert bottom - top == 0  # all of it is padding
+    assert bottom - top == 0 and bars.padding[0].all()  # all of it is padding
+    assert bars.padding.sum(0).tolist() == [4] * 7  # the picture is in rows 94 to 129, which is in three of them
+    assert not padded.padding.any()
 
 
 def test_patches_that_end_before_the_input_does():

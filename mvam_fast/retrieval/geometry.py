@@ -38,6 +38,13 @@ class PatchMap(NamedTuple):
         left, top, right, bottom = self.seen
         return left > 0.5 or top > 0.5 or self.size[0] - right > 0.5 or self.size[1] - bottom > 0.5
 
+    @property
+    def padding(self) -> np.ndarray:
+        """Which patches [R,C] hold nothing of the picture."""
+        width, height = self.size
+        across, down = np.diff(np.clip(self.columns, 0, width)), np.diff(np.clip(self.rows, 0, height))
+        return (down <= 0)[:, None] | (across <= 0)
+
     def around(self, margin: float) -> tuple[float, float, float, float]:
         """`seen` with more of the picture around it: on each side up to `margin` times the longer side of it."""
         left, top, right, bottom = self.seen

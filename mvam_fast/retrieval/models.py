@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from .. import hf_files
-from ..model import MVAM, create_model_and_transforms, get_tokenizer, open_clip_with_own_configs
+from ..factory import create_model_and_transforms, get_tokenizer
+from ..model import MVAM
 from ..preprocess import eval_transform
 
 
@@ -38,16 +39,6 @@ def load_model(model: str | Path, device: str = "auto", *, pretrained: str | Non
         )
     if pretrained is not None and has_schema:
         raise ValueError(f"pretrained is {pretrained!r}, but model {name} brings its own weights")
-    quick = not has_schema and needs_quick_gelu(name, pretrained)
-    loaded, _, _ = create_model_and_transforms(name, pretrained, 0, global_view=True, force_quick_gelu=quick)
+    loaded, _, _ = create_model_and_transforms(name, pretrained, 0, global_view=True)
     preprocess = eval_transform(loaded.open_clip_config["preprocess_cfg"])
     return loaded.to(pick_device(device)).eval(), preprocess, get_tokenizer(name)
-
-
-def needs_quick_gelu(name: str, pretrained: str) -> bool:
-    """Whether these weights were trained with an activation that the open_clip config of this name lacks, as OpenAI's
-    were. open_clip only warns of it, and the model is then another than the one that was published."""
-    open_clip = open_clip_with_own_configs()
-    name = name.replace("/", "-")
-    weights, config = open_clip.get_pretrained_cfg(name, pretrained), open_clip.get_model_config(name)
-    return bool(weights.get("quick_gelu")) and config is not None and not config.get("quick_gelu")

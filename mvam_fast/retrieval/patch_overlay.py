@@ -62,12 +62,14 @@ def patch_overlay(
     panel_at(0.15 + (_LABEL - wide) / 2, top + _HEAD, wide, whole, size)
     for place, (view, label) in enumerate(zip(views.order, views.labels(), strict=True)):
         light = attention[view, prefix_tokens:].reshape(grid).double().numpy()
-        share = float(attention[view, :prefix_tokens].sum())
+        elsewhere = {prefix_name(prefix_tokens): float(attention[view, :prefix_tokens].sum())} if prefix_tokens else {}
+        if patches.padding.any():
+            elsewhere["padding"] = float(light[patches.padding].sum())
         x = 0.15 + _LABEL + _GAP + (place % columns) * cell + (cell - _GAP - panel) / 2
         y = top + _HEAD + (place // columns) * line
-        axes = panel_at(x, y, panel, window, _panel_title(label, light.max(), share, prefix_tokens))
+        axes = panel_at(x, y, panel, window, _panel_title(label, light.max(), elsewhere))
         _veil(axes, patches, light)
-        _surround(axes, patches, half_of_it(light))
+        _surround(axes, patches, half_of_it(light) & ~patches.padding)
     for number, note in enumerate(notes):
         write(height - 0.12 - 0.17 * (len(notes) - 1 - number), note, 7.5, color=GREY)
     save(figure, path, dpi=110)
@@ -114,15 +116,17 @@ def half_of_it(light: np.ndarray) -> np.ndarray:
 
 
 def _arrangement(views: int, aspect: float) -> tuple[int, float, float]:
-    """Columns of panels, and a panel's width and height in inches: the largest that leave the figure a handy shape."""
-    best = (1, 0.0)
+    """Columns of panels, and a panel's width and height in inches: about the largest that leave the figure a handy
+    shape, and of these the arrangement with the fewest rows."""
+    panels = {}
     for columns in range(1, views + 1):
         room = (_WIDEST - 0.3 - _LABEL) / columns - _GAP
         tall = 8.5 / math.ceil(views / columns) - _HEAD - _GAP
-        panel = min(room, tall / aspect, 2.6)
-        if room >= _LABEL and panel > best[1] + 1e-9:
-            best = (columns, panel)
-    return best[0], best[1], best[1] * aspect
+        if room >= _LABEL:
+            panels[columns] = min(room, tall / aspect, 2.6)
+    columns = max(columns for columns, panel in panels.items() if panel >= 0.9 * max(panels.values()))
+    panel = max(panels[columns], 0.1)  # of very many views, each has little room
+    return columns, panel, panel * aspect
 
 
 def prefix_name(prefix_tokens: int) -> str:
@@ -130,12 +134,10 @@ def prefix_name(prefix_tokens: int) -> str:
     return "class token" if prefix_tokens == 1 else "prefix tokens"
 
 
-def _panel_title(label: tuple[str, str, str], peak: float, share: float, prefix_tokens: int) -> str:
+def _panel_title(label: tuple[str, str, str], peak: float, elsewhere: dict[str, float]) -> str:
     name, entropy, overlap = label
     first = [name, f"entropy {entropy}"] + ([f"cosine {overlap}"] if overlap else [])
-    second = [f"peak {100 * peak:.0f} %"]
-    if prefix_tokens:
-        second.append(f"{prefix_name(prefix_tokens)} {100 * share:.0f} %")
+    second = [f"peak {100 * peak:.0f} %", *(f"{where} {100 * share:.0f} %" for where, share in elsewhere.items())]
     return f"{' · '.join(first)}\n{' · '.join(second)}"
 
 

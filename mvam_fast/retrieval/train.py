@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .._optional import require
+from ..factory import create_model_and_transforms, get_tokenizer
 from ..files import read_json, write_json
 from ..loss import MVAMLoss
-from ..model import create_model_and_transforms, get_tokenizer
 from . import checkpoints
 from .checkpoints import Progress
 from .config import FREE, TrainConfig

@@ -23,12 +23,15 @@ def word_grid(words: WordAttention, views: Ranked, path: Path, title: str) -> No
     labels = [_shortened(word) for word in words.words]
     widths = [max(text_width(label, _LETTERS), 0.2) + _PAD for label in labels]
     bands = _bands(widths, _WIDEST - _LEFT[-1])
-    notes = ["rows: views, the most focused first; entropy in % of the largest possible; cosine: mean to other views"]
+    notes = [
+        f"numbers: % of the view's attention, from {100 * _NUMBERED:.0f} on; views sorted, the most focused first; "
+        "entropy in % of the largest possible; cosine: mean to other views"
+    ]
     if not words.named:
         notes.append("this tokenizer tells no words: the columns are positions of tokens, from 1")
     notes += filter(None, [missing_note(title, *words.words)])
     band_height = _HEAD + _ROW * len(views.order) + 0.16
-    width = max(_LEFT[-1] + max(sum(widths[i] for i in band) for band in bands), 7.5) + 0.2
+    width = max(_LEFT[-1] + max(sum(widths[i] for i in band) for band in bands), 8.2) + 0.2
     heading = wrapped(title, 11, width - 0.3)
     top = 0.12 + 0.2 * len(heading) + 0.12
     height = top + band_height * len(bands) + 0.16 * len(notes) + 0.12

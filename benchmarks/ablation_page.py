@@ -1,0 +1,160 @@
+"""The tables and plots of docs/results.md, from the ablation's JSON: python benchmarks/ablation_page.py [JSON]"""
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ablation_cells import BASE, POOLINGS, RATES, TUNING, Cell, Group, folder_name, groups  # noqa: E402
+from ablation_plots import plot_diversity, plot_groups, plot_rates, plot_views  # noqa: E402
+from inserts import replace  # noqa: E402
+from sections import table as markdown  # noqa: E402
+
+from mvam_fast.files import read_json  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs/results.md"
+TOKENS = {"image": 17, "text": 24}  # of scenes-ViT-T-16, and their width
+WIDTH = 96
+
+
+@dataclass
+class Measured:
+    """A cell with its rows, one for each seed, in order."""
+
+    cell: Cell
+    rows: list[dict]
+
+    def test(self, name: str) -> list[float]:
+        return [row["test"][name] for row in self.rows]
+
+    def of_views(self, name: str) -> list[float] | None:
+        """[image, text]: the mean over the seeds, None where there are no views to compare."""
+        found = [[row.get("views", {}).get(tower, {}).get(name) for row in self.rows] for tower in ("image", "text")]
+        return None if any(value is None for values in found for value in values) else [mean(v) for v in found]
+
+
+def measured(group: Group, rows: list[dict]) -> list[Measured] | None:
+    """Of every cell; None while a training is missing."""
+    by_key = {(folder_name(row["settings"]), row["data"], row["seed"]): row for row in rows}
+    found = []
+    for cell in group.cells:
+        own = [by_key.get((folder_name(cell.settings), cell.data, seed)) for seed in group.seeds]
+        if None in own:
+            return None
+        found.append(Measured(cell, own))
+    return found
+
+
+def multiply_adds(settings: dict) -> float:
+    """Millions, of pooling and projecting one image and one text, counted and not timed: scores and sums over the
+    tokens for each view (a class or end token is just taken), then the encoder's projection of each vector, then that
+    of the view."""
+    merged = {**BASE, **settings}
+    views, width = merged["views"], merged["embed_dim"]
+    total = 0
+    for tokens in TOKENS.values():
+        pooled = 2 * views * tokens * WIDTH
+        if merged.get("scoring", "dot") == "projected":
+            pooled += views * WIDTH * WIDTH
+        elif merged.get("scoring", "dot") == "additive":
+            pooled += tokens * WIDTH * WIDTH
+        projected = max(views, 1) * WIDTH * width + views * width * (merged.get("view_dim") or 0)
+        total += pooled + projected
+    return total / 1e6
+
+
+def table(group: Group, cells: list[Measured]) -> str:
+    reference = next(one for one in cells if one.cell.label == group.reference)
+    header = [
+        "", "numbers", "parameters", "million multiply-adds", "RSUM, validation", "RSUM, test", "least to most",
+        "difference", "i2t R@1", "t2i R@1", "overlap, image / text", "entropy, image / text",
+    ]  # fmt: skip
+    lines = []
+    for one in cells:
+        rsum = one.test("rsum")
+        overlap, entropy = one.of_views("mean_cosine"), one.of_views("mean_entropy")
+        lines.append([
+            one.cell.label, str(one.rows[0]["embedding_width"]), f"{one.rows[0]['parameters']:,}",
+            f"{multiply_adds(one.cell.settings):.2f}", f"{mean(row['validation']['rsum'] for row in one.rows):.1f}",
+            spread(rsum), f"{min(rsum):.1f} to {max(rsum):.1f}", "" if one is reference else against(one, reference),
+            f"{mean(one.test('i2t_r1')):.1f}", f"{mean(one.test('t2i_r1')):.1f}", pair(overlap), pair(entropy),
+        ])  # fmt: skip
+    return markdown(header, lines)
+
+
+def spread(values: list[float]) -> str:
+    return f"**{mean(values):.1f}** ± {stdev(values):.1f}" if len(values) > 1 else f"**{values[0]:.1f}**"
+
+
+def against(one: Measured, reference: Measured) -> str:
+    """The mean difference of RSUM, seed by seed, and its range; marked where the ranges of the two do not overlap."""
+    found, base = one.test("rsum"), reference.test("rsum")
+    differences = [a - b for a, b in zip(found, base, strict=True)]
+    apart = len(found) > 1 and (min(found) > max(base) or max(found) < min(base))
+    shown = f"{mean(differences):+.1f} ({min(differences):+.1f} to {max(differences):+.1f})"
+    return f"{shown} **apart**" if apart else shown
+
+
+def pair(values: list[float] | None) -> str:
+    return "" if values is None else f"{values[0]:.2f} / {values[1]:.2f}"
+
+
+def section(result: dict) -> str:
+    """Markdown: what was run, then every group that is complete."""
+    about, rates = result["machine"], result["rates"]
+    parts = [
+        f"Built by `make ablation` from [ablation.json](../benchmarks/results/ablation/ablation.json): "
+        f"{len(result['rows'])} trainings on {about['device']}, {about['cores']} cores, one thread each, float32, "
+        f"torch {about['torch']}, finished {about['date'][:10]}. RSUM: sum of recall at 1, 5, 10 in percent, both "
+        "ways, 1,000 images, 5,000 captions. Test: mean ± standard deviation over the seeds 0, 1, 2; *difference*: "
+        "from the row without one, seed by seed, mean (least to most); **apart**: the ranges of the two rows do not "
+        "overlap. Overlap: mean cosine of the attentions of two views; entropy: share of the largest possible; both on "
+        f"the validation split. A reader that understands every caption and guesses among the images it fits: RSUM "
+        f"{result['oracle']['rsum']:.1f}.",
+    ]
+    recall = {folder_name(row["settings"]): row["validation"]["rsum"] for row in result["rows"] if row["seed"] == 0}
+    tuned = [
+        [name, *(f"{'**' if rate == rates[name] else ''}{recall[folder_name(TUNING[name, rate].settings)]:.1f}"
+                 f"{'**' if rate == rates[name] else ''}" for rate in RATES)] for name in POOLINGS
+    ]  # fmt: skip
+    parts.append("### Learning rates\n\nRSUM on the validation split, seed 0; the best one (bold) is used below.\n\n"
+                 + markdown(["", *(f"{rate:g}" for rate in RATES)], tuned)
+                 + "\n![RSUM by learning rate](../benchmarks/results/ablation/rates.png)")  # fmt: skip
+    for name, group in groups(rates).items():
+        cells = measured(group, result["rows"])
+        if cells is None:
+            parts.append(f"### {group.title}\n\nNot complete: run `make ablation`.")
+            continue
+        picture = f"\n![{group.title}](../benchmarks/results/ablation/{name}.png)"
+        parts.append(f"### {group.title}\n\n{table(group, cells)}{picture}")
+    return "\n\n".join(parts)
+
+
+def build(path: Path, page: Path = PAGE) -> list[Path]:
+    """Writes the plots beside the JSON and the measured part of the page; the paths of all."""
+    result = read_json(path, "json")
+    chosen = groups(result["rates"])
+    complete = {
+        name: cells for name, group in chosen.items() if (cells := measured(group, result["rows"])) is not None
+    }
+    written = []
+    for name, cells in complete.items():
+        target = path.with_name(f"{name}.png")
+        if name in ("budget", "views"):
+            plot_views(chosen[name].title, cells, target)
+        elif "diversity" in name:
+            plot_diversity(chosen[name].title, cells, chosen[name].reference, target)
+        else:
+            plot_groups(chosen[name].title, cells, result["oracle"]["rsum"], target)
+        written.append(target)
+    plot_rates(result, path.with_name("rates.png"))
+    replace(page, section(result))
+    return [*written, path.with_name("rates.png"), page]
+
+
+if __name__ == "__main__":
+    print(*build(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "benchmarks/results/ablation/ablation.json"),
+          sep="\n")  # fmt: skip
