@@ -28,7 +28,8 @@ EXTRAS = {
     "scale": [*TRAIN, "pandas>=2", "webdataset>=0.2.80", "fsspec>=2023.1"],
     "dev": [
         *EXPORT, "timm>=1.0.17", "transformers>=4.57", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100",
-        "jsonschema>=4.18", "tritonclient[grpc]>=2.40", "pandas>=2", "webdataset>=0.2.80", "ruff>=0.6", "setuptools>=70", "wheel",
+        "jsonschema>=4.18", "tritonclient[grpc]>=2.40", "pandas>=2", "webdataset>=0.2.80", "ruff>=0.6",
+        "setuptools>=70", "wheel",
     ],
 }
 

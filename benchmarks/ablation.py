@@ -2,10 +2,10 @@
 
     python benchmarks/ablation.py [--work runs/ablation] [--jobs N] [--groups NAME ...] [--json FILE]
 
-Runs that are finished in --work are not repeated, one that was cut short goes on from its last checkpoint; hours on a
-CPU. The learning rate of each way of pooling is the best of several on the validation split; everything else is one
-recipe. Writes the JSON after every run, so that nothing is lost, and at the end the plots and the tables of
-docs/results.md (`python benchmarks/ablation_page.py` alone does that again).
+Hours on a CPU. What the JSON has is not trained again (--fresh does), nor what is finished in --work; a run that was
+cut short goes on from its last checkpoint. The learning rate of each way of pooling is the best of several on the
+validation split; everything else is one recipe. Writes the JSON after every run, so that nothing is lost, and at the
+end the plots and the tables of docs/results.md (`python benchmarks/ablation_page.py` alone does that again).
 """
 from __future__ import annotations
 
@@ -34,9 +34,14 @@ from mvam_fast.retrieval.train import train  # noqa: E402
 RESULT = Path(__file__).parent / "results/ablation/ablation.json"
 
 
+def _key(row: dict) -> tuple[str, str, int]:
+    return folder_name(row["settings"]), row["data"], row["seed"]
+
+
 def run_one(cell: Cell, seed: int, work: Path) -> dict:
     """Trains a cell with one seed, if that was not done, and measures it; its row of the result."""
-    out = work / folder_name(cell.settings) / f"seed-{seed}"
+    of_data = "" if cell.data == "scenes" else f"@{cell.data}"
+    out = work / (folder_name(cell.settings) + of_data) / f"seed-{seed}"
     data = work / cell.data / "dataset_scenes.json"
     images = data.parent / "images"
     config = TrainConfig(
@@ -91,6 +96,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="runs go here; finished are reused")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at once, one thread each")
     parser.add_argument("--groups", nargs="+", help="these alone, and the tuning; what the JSON has of others stays")
+    parser.add_argument("--fresh", action="store_true", help="as if there were no JSON")
     parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument("--one", help=argparse.SUPPRESS)  # how the processes of run_all are started
     options = parser.parse_args()
@@ -102,34 +108,34 @@ def main() -> None:
     for name, images in DATA.items():
         make_scenes(options.work / name, train=images)
     rows = {}
+    if options.json.exists() and not options.fresh:
+        rows = {_key(row): row for row in read_json(options.json, "json")["rows"]}
 
-    def done(row: dict) -> None:
-        rows[folder_name(row["settings"]), row["seed"]] = row
+    def missing(cells: list[tuple[Cell, int]]) -> list[tuple[Cell, int]]:
+        return [(cell, seed) for cell, seed in cells if (folder_name(cell.settings), cell.data, seed) not in rows]
 
-    run_all([(cell, 0) for cell in TUNING.values()], options.work, options.jobs, done)
+    run_all(missing([(cell, 0) for cell in TUNING.values()]), options.work, options.jobs,
+            lambda row: rows.update({_key(row): row}))  # fmt: skip
     rates = rates_of(list(rows.values()))
     chosen = groups(rates)
     unknown = set(options.groups or ()) - set(chosen)
     if unknown:
         parser.error(f"--groups: there is no {', '.join(unknown)}; there are {', '.join(chosen)}")
-    chosen = {name: group for name, group in chosen.items() if name in (options.groups or chosen)}
     result = {
         "kind": "ablation", "machine": machine(torch.device("cpu")), "base": BASE, "rates": rates,
         "oracle": oracle_recall(options.work / "scenes/dataset_scenes.json", "test"),
     }  # fmt: skip
 
-    def save() -> None:
-        kept = read_json(options.json, "json")["rows"] if options.json.exists() else []
-        merged = {(folder_name(row["settings"]), row["seed"]): row for row in kept} | rows
-        write_json(options.json, {**result, "rows": list(merged.values())})
+    def done(row: dict) -> None:
+        rows[_key(row)] = row
+        write_json(options.json, {**result, "rows": list(rows.values())})
 
-    wanted = {
-        (folder_name(cell.settings), seed): (cell, seed)
-        for group in chosen.values() for cell in group.cells for seed in group.seeds
+    wanted = {  # by key: groups share cells
+        (folder_name(cell.settings), cell.data, seed): (cell, seed)
+        for name in options.groups or chosen for cell in chosen[name].cells for seed in chosen[name].seeds
     }  # fmt: skip
-    run_all([pair for key, pair in wanted.items() if key not in rows], options.work, options.jobs,
-            lambda row: (done(row), save()))  # fmt: skip
-    save()
+    run_all(missing(list(wanted.values())), options.work, options.jobs, done)
+    write_json(options.json, {**result, "rows": list(rows.values())})
     from ablation_page import build
 
     print("\n".join(map(str, build(options.json))))

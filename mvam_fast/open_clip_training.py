@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from ._optional import require
+from .encoders import OPEN_CLIP_CONFIG
 from .factory import create_model_and_transforms
 from .files import atomic
 from .functional import DIVERSITY_KINDS
 from .loss import MVAMLoss
-from .model import MVAM, MVAM_CONFIG, OPEN_CLIP_CONFIG, WEIGHTS
+from .model import MVAM, MVAM_CONFIG, WEIGHTS
 from .pooling import SCORINGS
 
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from mvam_fast import cli, create_model_and_transforms
+from mvam_fast import cli, create_model_and_transforms, factory
+from mvam_fast.factory import needs_quick_gelu
 from mvam_fast.retrieval import evaluate as evaluate_module
-from mvam_fast.retrieval import models, protocols
+from mvam_fast.retrieval import protocols
 from mvam_fast.retrieval.datasets import ImageStore, KarpathyDataset, UnreadableImage
 from mvam_fast.retrieval.embedding import embed
 from mvam_fast.retrieval.evaluate import embed_dataset, evaluate, load_model, recall_table, report_of
@@ -272,22 +273,20 @@ def test_a_folder_of_open_clip_itself(clip_weights, trained, tmp_path):
     assert tokenizer(["a"]).shape == (1, 24)
 
 
-def test_the_activation_is_the_one_that_the_weights_were_trained_with(monkeypatch):
+def test_the_activation_is_the_one_that_the_weights_were_trained_with(clip_weights, monkeypatch):
     """open_clip's config of ViT-B-32 has another than OpenAI's weights."""
     for name, tag, wanted in (
         ("ViT-B-32", "openai", True), ("ViT-B/32", "openai", True), ("ViT-B-32-quickgelu", "openai", False),
         ("ViT-B-32", "laion2b_s34b_b79k", False), ("ViT-B-16-SigLIP", "webli", False), ("ViT-nope", "openai", False),
         ("scenes-ViT-T-16", "weights.pt", False),
     ):  # fmt: skip
-        assert factory.needs_quick_gelu(name, tag) is wanted
+        assert needs_quick_gelu(name, tag) is wanted
 
-    def small(name, pretrained, *arguments, **options):
-        return create_model_and_transforms("scenes-ViT-T-16", None, *arguments, **options)
-
-    monkeypatch.setattr(models, "create_model_and_transforms", small)
-    for tag, activation in (("openai", "QuickGELU"), ("laion2b_s34b_b79k", "GELU")):
-        model = load_model("ViT-B-32", "cpu", pretrained=tag)[0]
+    for needs, activation in ((True, "QuickGELU"), (False, "GELU")):
+        monkeypatch.setattr(factory, "needs_quick_gelu", lambda *_, needs=needs: needs)
+        model = load_model("scenes-ViT-T-16", "cpu", pretrained=str(clip_weights))[0]
         assert {type(m).__name__ for m in model.modules() if type(m).__name__.endswith("GELU")} == {activation}
+        assert model.open_clip_config["model_cfg"].get("quick_gelu", False) is needs
 
 
 def test_what_was_published_stands_beside(trained, scenes, monkeypatch, small_protocols):

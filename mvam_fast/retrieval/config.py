@@ -30,8 +30,8 @@ class TrainConfig:
     data: str = _option("", "Karpathy JSON, open_clip CSV, or webdataset tars (shards-{000..012}.tar)", required=True)
     images: str | None = _option(None, "folder of its images; tars need none, a CSV may do without")
     out: str = _option("", "folder of the run", required=True)
-    val_data: str | None = _option(None, "data to validate on; by default the same JSON")
-    val_images: str | None = _option(None, "folder of its images; by default the same")
+    val_data: str | None = _option(None, "data to validate on; by default another split of the same JSON")
+    val_images: str | None = _option(None, "folder of its images")
     val_split: str = _option("val", "split to validate on")
 
     model: str = _option("ViT-B-32", "open_clip model name, or scenes-ViT-T-16")

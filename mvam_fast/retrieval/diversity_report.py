@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..files import write_json, write_text
 from .drawing import BLUE, GREEN, GREY, ORANGE, new_figure, save
-from .report import _STYLE, _picture, _table
+from .page import picture, table, whole_page
 
 _COLOURS = (ORANGE, BLUE, GREEN, "#cc79a7", "#56b4e9", "#d55e00")
 
@@ -21,23 +21,17 @@ def write_report(report: dict, out: Path) -> dict:
         tower["sentence"] = _sentence(name, tower)
     _draw(report["towers"], out / "diversity.png")
     sentences = " ".join(tower["sentence"] for tower in report["towers"].values())
-    picture = {"file": "diversity.png", "title": "Views of both towers", "caption": "† after a number: a dead view."}
+    drawn = {"file": "diversity.png", "title": "Views of both towers", "caption": "† after a number: a dead view."}
     about = f"{report['model']} on the split {report['split']} of {report['data']}, mvam_fast {report['mvam_fast']}"
     if report["unreadable_images"]:
         about += f"; left out as unreadable: {report['unreadable_images']} images"
     body = [
         "<h1>Diversity of views</h1>", f"<p class='lead'>{escape(sentences)}</p>", f"<p>{escape(about)}.</p>",
-        _picture(picture, out), *(_section(name, tower) for name, tower in report["towers"].items()),
+        picture(drawn, out), *(_section(name, tower) for name, tower in report["towers"].items()),
         "<h2>What the words mean</h2>",
         *(f"<p><b>{escape(word)}</b>: {escape(meaning)}.</p>" for word, meaning in report["definitions"].items()),
     ]  # fmt: skip
-    title = f"Diversity of views: {escape(report['model'])}"
-    page = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{title}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
-    )
-    write_text(out / "diversity.html", page)
+    write_text(out / "diversity.html", whole_page(f"Diversity of views: {report['model']}", body))
     write_json(out / "diversity.json", report)
     return report
 
@@ -70,10 +64,10 @@ def _section(name: str, tower: dict) -> str:
     if not tower.get("special_tokens_known", True):
         what += " The tokenizer does not tell which tokens are special."
     cosine = [[row + 1, *(f"{value:.2f}" for value in line)] for row, line in enumerate(tower["cosine"])]
-    matrix = _table(["cosine", *range(1, len(cosine) + 1)], cosine)
-    table = _table([*header, *(["gate"] if gates else []), "dead"], rows)
+    matrix = table(["cosine", *range(1, len(cosine) + 1)], cosine)
+    by_view = table([*header, *(["gate"] if gates else []), "dead"], rows)
     return (
-        f"<h2>{escape(name.capitalize())} tower</h2><p>{escape(what)}</p>{table}"
+        f"<h2>{escape(name.capitalize())} tower</h2><p>{escape(what)}</p>{by_view}"
         f"<details><summary>Cosine between every two views</summary>{matrix}</details>"
     )
 

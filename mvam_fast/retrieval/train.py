@@ -64,7 +64,7 @@ class _Training:
         self.model, preprocess_train, preprocess_val = _make_model(config)
         tokenizer = get_tokenizer(config.model)
         train_set = open_dataset(config.data, config.images, "train")
-        val_set = open_dataset(config.val_data or config.data, config.val_images or config.images, config.val_split)
+        val_set = _validation_data(config)
         self.val_store = ImageStore(val_set, preprocess_val, cache=config.cache_images, strict=config.strict)
         self.tokenizer = tokenizer
         world = accelerator.num_processes
@@ -120,7 +120,7 @@ class _Training:
                     break
                 if batch.step % config.save_every == 0 and batch.step < config.steps:
                     self._save_checkpoint()
-        self.accelerator.wait_for_everyone()
+        self._gather_unreadable()
         if self.accelerator.is_main_process:
             self._finish(time.monotonic() - began)
         self.accelerator.wait_for_everyone()
@@ -216,8 +216,8 @@ class _Training:
         os.rename(temporary, folder)
 
     def _save_checkpoint(self) -> None:
+        self._gather_unreadable()
         if self.accelerator.is_main_process:
-            self.progress.unreadable |= self.batches.unreadable | self.val_store.unreadable
             scaler = self.accelerator.scaler
             checkpoints.save(
                 self.out / "checkpoints", self.progress, self.model, self.optimizer, scaler, self.average
@@ -225,6 +225,14 @@ class _Training:
             # Only now: a run that resumes at the checkpoint before may still need the model that was best then.
             self._drop_best(besides=self.progress.best_step)
         self.timer, self.timed_step = time.monotonic(), self.progress.step
+
+    def _gather_unreadable(self) -> None:
+        """Into the progress, from all processes: each has met those of its own part of the batches."""
+        found = [{**self.batches.unreadable, **self.val_store.unreadable}]
+        if self.accelerator.num_processes > 1:
+            found = require("accelerate.utils", extra="train").gather_object(found)
+        for names in found:
+            self.progress.unreadable |= names
 
     def _drop_best(self, besides: int) -> None:
         for folder in self.out.glob("best-*"):
@@ -239,17 +247,16 @@ class _Training:
             os.rename(self.out / f"best-{state.best_step:06d}", self.out / "model")
         else:
             self._save_model(self.out / "model")
-        unreadable = {**state.unreadable, **self.batches.unreadable, **self.val_store.unreadable}
         left_out = {"truncated captions": self.batches.truncated, **self.batches.dataset.left_out}
         write_json(self.out / "result.json", {
             "steps": state.step, "best_step": state.best_step or None, "validation": self.validation,
             "seconds": seconds, "resumed_at": self.start, "processes": self.accelerator.num_processes,
-            "parameters": sum(p.numel() for p in self.model.parameters()), "unreadable": unreadable,
+            "parameters": sum(p.numel() for p in self.model.parameters()), "unreadable": state.unreadable,
             "left_out": {reason: count for reason, count in left_out.items() if count}, "warnings": self.warnings,
         })  # fmt: skip
         where = self.out / "result.json"
-        if unreadable:
-            print(f"{len(unreadable)} images could not be read; they are listed in {where}", file=sys.stderr)
+        if state.unreadable:
+            print(f"{len(state.unreadable)} images could not be read; they are listed in {where}", file=sys.stderr)
         for reason, count in left_out.items():
             if count:
                 print(f"{reason}: {count} in the training data", file=sys.stderr)
@@ -301,6 +308,14 @@ def _accelerator(config: TrainConfig):
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
             state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _validation_data(config: TrainConfig):
+    if config.val_data is None:
+        if Path(config.data).suffix != ".json":
+            raise ValueError(f"val_data is not given, and data {config.data} has no splits; it must be given")
+        return open_dataset(config.data, config.images, config.val_split)
+    return open_dataset(config.val_data, config.val_images, config.val_split)
 
 
 def _make_model(config: TrainConfig):
