@@ -71,22 +71,48 @@ def groups(rates: dict[str, float]) -> dict[str, Group]:
         label = label or f"{kind}, {weight:g}"
         return mvam(label, **{"diversity_kind": kind, "diversity_weight": weight, **settings})
 
-    poolings = [
-        Cell(name, {**settings, "lr": rates[name]}) for name, settings in POOLINGS.items()
-    ]  # fmt: skip
+    def pooling(name: str, **settings) -> Cell:
+        return Cell(name, {**POOLINGS[name], "lr": rates[name], **settings})
+
     return {
-        "pooling": Group("How the 256 numbers are made", poolings, "class / end token"),
+        "pooling": Group("How the 256 numbers are made", [pooling(name) for name in POOLINGS], MVAM),
+        "longer": Group("The same, twice as long", [pooling(name, steps=1600) for name in POOLINGS], MVAM),
+        "diversity": Group("The diversity loss, 8 views: kind and weight", [
+            mvam("none"), diverse("frobenius", 0.01), diverse("frobenius", 0.1), diverse("norm", 0.03),
+            diverse("offdiag", 0.1), diverse("cosine", 0.01), diverse("cosine", 0.1),
+        ], "none"),
+        "codes": Group("How codes start, and how they score", [
+            mvam("standard deviation 1, dot"), mvam("0.02, dot", code_std=0.02),
+            mvam("1, dot with a key projection", scoring="projected"), mvam("1, additive", scoring="additive"),
+        ], "standard deviation 1, dot"),
         "budget": Group("Views that share 256 numbers", [
-            mvam("1 view of 256", views=1, embed_dim=256), mvam("2 of 128", views=2, embed_dim=128),
+            mvam("1 of 256", views=1, embed_dim=256), mvam("2 of 128", views=2, embed_dim=128),
             mvam("4 of 64", views=4, embed_dim=64), mvam("8 of 32"), mvam("16 of 16", views=16, embed_dim=16),
             mvam("32 of 8", views=32, embed_dim=8),
         ], "8 of 32"),
         "views": Group("Views of 32 numbers each", [
-            mvam("1 view, 32 numbers", views=1), mvam("2 views, 64", views=2), mvam("4 views, 128", views=4),
-            mvam("8 views, 256"), mvam("16 views, 512", views=16), mvam("32 views, 1024", views=32),
-        ], "8 views, 256"),
-        "diversity": Group("The diversity loss, 8 views: kind and weight", [
-            mvam("none"), diverse("frobenius", 0.01), diverse("frobenius", 0.1), diverse("norm", 0.03),
-            diverse("offdiag", 0.1), diverse("cosine", 0.01), diverse("cosine", 0.1),
+            mvam("1, 32 numbers", views=1), mvam("2, 64", views=2), mvam("4, 128", views=4), mvam("8, 256"),
+            mvam("16, 512", views=16), mvam("32, 1024", views=32),
+        ], "8, 256"),
+        "projection": Group("What follows the encoder's projection to 96", [
+            mvam("one for all views, to 32", embed_dim=96, projection="shared", view_dim=32),
+            mvam("one for each view, to 32", embed_dim=96, projection="per_view", view_dim=32),
+        ], "one for all views, to 32"),
+        "diversity-many-views": Group("The diversity loss, 16 views of 32", [
+            mvam("none", views=16), diverse("frobenius", 0.01, views=16), diverse("cosine", 0.01, views=16),
+        ], "none"),
+        "diversity-towers": Group("The diversity loss, cosine 0.01: towers and schedule", [
+            mvam("none"), diverse("cosine", 0.01, "both"),
+            diverse("cosine", 0.01, "images alone", diversity_towers="image"),
+            diverse("cosine", 0.01, "texts alone", diversity_towers="text"),
+            diverse("cosine", 0.02, "falling from 0.02", diversity_schedule="fall"),
+            diverse("cosine", 0.02, "rising to 0.02", diversity_schedule="rise"),
+        ], "none"),
+        "diversity-few-images": Group("The diversity loss, 2,000 training images", [
+            mvam("none", "scenes-2000"), Cell("cosine, 0.01", {
+                "lr": rates[MVAM], "diversity_kind": "cosine", "diversity_weight": 0.01}, "scenes-2000"),
+        ], "none"),
+        "diversity-longer": Group("The diversity loss, 1,600 steps", [
+            mvam("none", steps=1600), diverse("cosine", 0.01, steps=1600), diverse("frobenius", 0.01, steps=1600),
         ], "none"),
     }  # fmt: skip

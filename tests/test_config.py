@@ -1,5 +1,6 @@
 """Settings of a training: the file, the flags over it, and what is refused."""
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +65,17 @@ def test_wrong_settings_are_named(changes, message):
 
 def test_every_setting_is_documented():
     assert all(field.metadata["help"] for field in dataclasses.fields(TrainConfig))
+
+
+def test_the_page_documents_every_setting():
+    """docs/training.md has the row of each, with its default and its help text."""
+    page = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `") and line.count("|") == 4}
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    assert fields.keys() <= rows.keys()
+    for name, field in fields.items():
+        _, _, default, text, _ = (part.strip() for part in rows[name].split("|"))
+        shown = "none" if field.default is None else str(field.default)
+        shown = shown.lower() if isinstance(field.default, bool) else shown
+        assert default == ("" if field.metadata.get("required") else shown), name
+        assert text == field.metadata["help"]

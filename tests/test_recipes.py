@@ -1,10 +1,11 @@
 """The recipes can be loaded, their numbers agree with each other, and each has a baseline that differs in the views."""
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
 
-from mvam_fast.retrieval.config import read_config
+from mvam_fast.retrieval.config import TrainConfig, read_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 IMAGES = {"coco": 113_287, "flickr30k": 29_000}
@@ -18,7 +19,27 @@ def load(name):
 
 
 def test_no_recipe_is_without_its_twin():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*NAMES, *(f"{name}_baseline" for name in NAMES)}
+    names = ["scenes", *NAMES]
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*names, *(f"{name}_baseline" for name in names)}
+
+
+def test_the_recipe_of_the_scenes_has_the_settings_that_were_measured():
+    """Those of the ablation, but for its logs and checkpoints, where the two are as wide."""
+    sys.path.insert(0, str(RECIPES.parent / "benchmarks"))
+    try:
+        from ablation_cells import BASE, MVAM, POOLINGS, groups
+    finally:
+        sys.path.pop(0)
+    lr = load("scenes").lr
+    longer = {cell.label: cell for cell in groups({name: lr for name in POOLINGS})["longer"].cells}
+    free = {"data", "images", "out", "seed", "device", "tensorboard", "eval_every", "save_every"}
+    for name, label in (("scenes", MVAM), ("scenes_baseline", "class / end token")):
+        measured = {**BASE, **longer[label].settings}
+        recipe = dataclasses.asdict(load(name))
+        default = dataclasses.asdict(TrainConfig())
+        assert {k: v for k, v in recipe.items() if k not in free} == {
+            k: measured.get(k, default[k]) for k in recipe if k not in free
+        }
 
 
 @pytest.mark.parametrize("name", NAMES)
