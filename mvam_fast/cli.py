@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 
 
@@ -83,7 +84,12 @@ def _add_train(commands) -> None:
 
         fields = {field.name for field in dataclasses.fields(TrainConfig)}
         given = {name: value for name, value in vars(options).items() if name in fields}
-        print(train(read_config(options.config, given)))
+        print(train(read_config(options.config, given)), flush=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # gloo's threads outlive the process group, and sometimes abort a process that tears itself down
+            # (pytorch/pytorch 190489). Everything is on the disk.
+            sys.stderr.flush()
+            os._exit(0)
 
     parser = _command(commands, "train", "train MVAM, or its single-vector baseline, on images with captions", run)
     parser.add_argument("--config", help="YAML file of the same settings, which flags override; see recipes/")
@@ -115,6 +121,7 @@ def _add_evaluate(commands) -> None:
             options.model, options.data, options.images, pretrained=options.pretrained, split=options.split,
             protocols=getattr(options, "protocol", ["full"]), device=options.device, batch_size=options.batch_size,
             captions_per_image=options.captions_per_image, strict=not options.skip_unreadable, out=options.out,
+            workers=options.workers,
         )  # fmt: skip
         print(report_of(result))
 
@@ -125,6 +132,7 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("--protocol", action="append", choices=NAMES, default=argparse.SUPPRESS, help=about)
     parser.add_argument("--captions-per-image", type=int, help="keep the first so many; with the protocol full")
     parser.add_argument("--batch-size", type=int, default=256, help="images or captions at once")
+    parser.add_argument("--workers", type=int, default=0, help="threads that decode images")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave unreadable images out, do not stop")
     parser.add_argument("--out", help="write the result as JSON, and the rank of every query beside it")
 
@@ -150,16 +158,20 @@ def _add_drop_views(commands) -> None:
 
         found = drop_views(
             options.model, options.data, options.images, out=options.out, keep=options.keep, save=options.save,
-            choose_on=options.choose_on, split=options.split, batch_size=options.batch_size, device=options.device,
+            choose_on=options.choose_on, choose_data=options.choose_data, choose_images=options.choose_images,
+            split=options.split, batch_size=options.batch_size, workers=options.workers, device=options.device,
         )  # fmt: skip
         print(dropping_table(found))
 
     parser = _command(commands, "drop-views", "which learned views can go, and what that costs in recall", run)
     _data_arguments(parser)
     parser.add_argument("--choose-on", default="val", help="split on which it is chosen what to drop")
+    parser.add_argument("--choose-data", help="data of that split, if not DATA; needed where DATA has no splits")
+    parser.add_argument("--choose-images", help="folder of its images; tars need none")
     parser.add_argument("--keep", type=int, nargs="+", help="numbers of views to measure; all by default")
     parser.add_argument("--save", type=int, nargs="+", default=[], help="write models of so many views, OUT/model-K")
     parser.add_argument("--batch-size", type=int, default=256, help="images or captions at once")
+    parser.add_argument("--workers", type=int, default=0, help="threads that decode images")
     parser.add_argument("--out", required=True, default=argparse.SUPPRESS, help="folder of the result")
 
 

@@ -118,13 +118,28 @@ def test_rows_of_a_table_are_grouped_by_image(tmp_path):
     ("filepath\ttitle\n\tb\n", "row 2: its column 'filepath' is empty"),
     ("filepath\ttitle\na\tb\nc\t \n", "has no caption for the image c"),
     (b"filepath\ttitle\na\t\xff\n", "after row 0: .*utf-8"),
-    ("filepath\ttitle\na\t" + "x" * 200_000, "after row 1: field"),
+    ("filepath\ttitle\na\t" + "x" * 200_000, "row 2: field"),
+    ('filepath\ttitle\na\tb\nc\t"big dog\nd\te\n', "row 3: unexpected end of data"),
+    ('filepath,title\na,b\nc,"big dog\nd,small "cat" here\n', "row 3: ',' expected after"),
+    ('filepath,title\na,b\nc,"big dog\nd,e\nf,a "\ng,h\n', "row 3: a quote at the start .* closes in a later row"),
+    ('filepath\ttitle\nc\t"big dog\r\nd\ta cat"\r\n', "row 2: a quote at the start .* must be doubled"),
+    ('title,filepath\n"big dog,c\nsmall",d\n', "row 2: a quote at the start"),
+    ('title,n,filepath\na,"1,c\nb,2",d\n', "row 2: a quote at the start"),  # in a column that is not looked at
 ])  # fmt: skip
 def test_what_is_wrong_with_a_table_is_told(tmp_path, text, fault):
     path = tmp_path / "bad.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=fault):
         open_dataset(path)
+
+
+def test_quotes_that_belong_to_a_caption(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = 'a,the "big" dog', 'b,"""big"" dog"', 'c,"one, two\nthree"', 'd,"four\nfive"'
+    path.write_text("\n".join(["filepath,title", *rows]))
+    assert [found for found, in CaptionTable(path).captions] == [
+        'the "big" dog', '"big" dog', "one, two\nthree", "four\nfive",
+    ]  # fmt: skip
 
 
 def test_a_table_that_is_not_there(tmp_path):
@@ -208,6 +223,38 @@ def test_a_damaged_shard_is_not_taken_for_a_shorter_one(tmp_path):
         (tmp_path / "a.tar").write_bytes(content)
         with pytest.raises(ValueError, match=fault):
             open_dataset(tmp_path / "a.tar")
+
+
+def test_a_shard_that_is_cut_at_any_block_is_told(tmp_path):
+    long = "n" * 120  # with headers of its own
+    files = {"a.png": png(), "a.txt": b"y", f"{long}.png": png(), f"{long}.txt": b"x"}
+    path = write_tar(tmp_path / "a.tar", files)
+    whole = path.read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    for cut in range(512, end + 512, 512):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="a.tar is (not (a )?whole|damaged)"):
+            open_dataset(path)
+    path.write_bytes(whole[:end])
+    with pytest.raises(ValueError, match=f"not whole: it stops at byte {end} without the zeros that end a tar file"):
+        open_dataset(path)
+    path.write_bytes(whole[: end + 512])  # one block of zeros is an end
+    assert len(open_dataset(path)) == 2
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_images_that_are_links_are_counted_as_such(tmp_path, kind):
+    path = write_tar(tmp_path / "a.tar", {"a.png": png(), "a.txt": b"x", "b.txt": b"y", "c.txt": b"z", "d.png": png()})
+    with tarfile.open(path, "a") as archive:
+        for name in ("a.jpg", "b.png", "d.txt"):  # beside an image of its own; in place of one; of a caption
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.png"
+            archive.addfile(member)
+    dataset = open_dataset(path)
+    assert dataset.image_ids == ["a.tar/a"] and dataset.load_image(0).size == (4, 4)
+    assert dataset.left_out == {
+        "samples whose image is a link": 1, "samples without an image": 1, "samples without a caption": 1,
+    }  # fmt: skip
 
 
 def test_a_copy_for_workers_reads_the_same_images(karpathy, table, shards):

@@ -1,5 +1,6 @@
 """Karpathy's format, batches, images for evaluation; and the scenes that are made in that format."""
 import json
+import threading
 
 import numpy as np
 import open_clip
@@ -128,6 +129,16 @@ def test_siblings_stand_together(dataset):
         PairBatches(dataset, 49)
 
 
+def test_families_that_fill_no_batch(dataset):
+    assert PairBatches(dataset, 48, siblings=4).steps_per_epoch == 1  # families of four
+    dataset.families = [number // 3 for number in range(48)]
+    assert PairBatches(dataset, 32, siblings=2).steps_per_epoch == 1
+    with pytest.raises(ValueError, match="siblings is 2 and batch_size 34, but of the 48 images .* only 32 are left"):
+        PairBatches(dataset, 34, siblings=2)
+    with pytest.raises(ValueError, match="only 0 are left in full groups of 4 of a family; batch_size must be at most"):
+        PairBatches(dataset, 8, siblings=4)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_equal_the_whole_preprocess(dataset, workers):
     preprocess = open_clip.image_transform(48, is_train=False)
@@ -137,6 +148,30 @@ def test_images_equal_the_whole_preprocess(dataset, workers):
         assert kept == [0, 1, 2] and images.dtype == torch.uint8
         expected = torch.stack([preprocess(Image.open(dataset.image_paths[i])) for i in (5, 0, 11)])
         assert torch.equal(store.normalize(images), expected)
+
+
+def test_threads_decode_and_none_is_left(dataset, tmp_path, monkeypatch):
+    decoding, both = set(), threading.Barrier(2, timeout=60)
+    load = KarpathyDataset.load_image
+
+    def load_image(self, index):
+        decoding.add(threading.current_thread())
+        both.wait()  # each waits for another that decodes
+        return load(self, index)
+
+    monkeypatch.setattr(KarpathyDataset, "load_image", load_image)
+    preprocess = open_clip.image_transform(48, is_train=False)
+    store = ImageStore(dataset, preprocess, strict=True, workers=2)
+    before = threading.active_count()
+    for _ in range(2):
+        assert len(store.load(range(8))[0]) == 8 and threading.active_count() == before
+    assert len(decoding) == 4 and threading.current_thread() not in decoding
+    dataset.image_paths = [tmp_path / "none.png"] * 48
+    with pytest.raises(UnreadableImage, match="none.png"):
+        store.load(range(8))
+    assert threading.active_count() == before
+    with pytest.raises(ValueError, match="workers is -1; it must be at least 0"):
+        ImageStore(dataset, preprocess, workers=-1)
 
 
 def test_a_preprocess_that_cannot_be_split_or_cached_is_refused(dataset):

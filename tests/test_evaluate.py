@@ -2,6 +2,7 @@
 import functools
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from mvam_fast.factory import needs_quick_gelu
 from mvam_fast.retrieval import evaluate as evaluate_module
 from mvam_fast.retrieval import protocols
 from mvam_fast.retrieval.datasets import ImageStore, KarpathyDataset, UnreadableImage
-from mvam_fast.retrieval.embedding import embed
+from mvam_fast.retrieval.embedding import embed, embed_images, embed_texts
 from mvam_fast.retrieval.evaluate import embed_dataset, evaluate, load_model, recall_table, report_of
 from mvam_fast.retrieval.protocols import Protocol
 from mvam_fast.retrieval.provenance import code_sha256, sha256_of_file, sha256_of_value
@@ -289,20 +290,71 @@ def test_the_activation_is_the_one_that_the_weights_were_trained_with(clip_weigh
         assert model.open_clip_config["model_cfg"].get("quick_gelu", False) is needs
 
 
-def test_what_was_published_stands_beside(trained, scenes, monkeypatch, small_protocols):
+def test_what_was_published_stands_beside(trained, own_scenes, monkeypatch, small_protocols):
     monkeypatch.setattr(evaluate_module, "load_model", lambda *_, **__: loaded(trained[0]))
-    wanted = ["flickr30k-1k", "coco"]
-    found = evaluate("ViT-B/32", *scenes, pretrained="openai", protocols=wanted, device="cpu", progress=False)
+    own, images = own_scenes
+    data = own.rename(own.with_name("dataset_flickr30k.json"))
+
+    def result(tag="openai", **options):
+        wanted = ["flickr30k-1k", "coco"] if tag == "openai" else ["full"]
+        return evaluate("ViT-B/32", data, images, pretrained=tag, device="cpu", progress=False, **{
+            "protocols": wanted, **options,
+        })  # fmt: skip
+
+    found = result()
     assert list(found["published"]) == ["flickr30k-1k", "coco-5k"]  # nothing is known by coco-1k
     row = found["published"]["flickr30k-1k"]
     assert row["metrics"] == published("ViT-B-32", "openai", "flickr30k-1k") and row["source"].startswith("open_clip")
     for name, value in row["metrics"].items():
         assert row["difference"][name] == pytest.approx(found["metrics"][name] - value)
-    report = report_of(found)
-    assert "flickr30k-1k, published" in report and " 504.4" in report and "coco-5k, difference" in report
-    assert "published: by others, open_clip" in report
-    other = evaluate("ViT-B-32", *scenes, pretrained="laion2b_e16", device="cpu", progress=False)
+    assert found["published"]["coco-5k"]["recognised"] is False
+    lines = report_of(found).splitlines()
+    numbers = [line for line in lines if line.startswith(("flickr30k-1k, ", "coco-5k, "))]
+    assert numbers[0].startswith("flickr30k-1k, published ") and numbers[1].startswith("flickr30k-1k, difference ")
+    assert " 504.4" in numbers[0] and len(numbers) == 4
+    assert "by others, open_clip" in numbers[2] and "on Flickr30K, test of Karpathy's split" in numbers[2]
+    assert numbers[2].endswith("told by the names of file and split alone")
+    assert numbers[3].startswith("coco-5k, published: by others") and "on COCO, test of Karpathy's" in numbers[3]
+    assert numbers[3].endswith("left out, for dataset_flickr30k.json, split 'test', cannot be recognised as that")
+    monkeypatch.setitem(protocols.PROTOCOLS, "flickr30k-1k", Protocol("flickr30k-1k", images=8, captions=5))
+    val = result(protocols=["flickr30k-1k"], split="val")
+    assert val["published"]["flickr30k-1k"]["recognised"] is False and " 504.4" not in report_of(val)
+    other = result("laion2b_e16")
     assert other["published"] == {} and "published" not in report_of(other)
+
+
+def test_workers_change_nothing_but_who_decodes(trained, monkeypatch):
+    decoding = set()
+    load = KarpathyDataset.load_image
+    monkeypatch.setattr(KarpathyDataset, "load_image", lambda self, index: (
+        decoding.add(threading.current_thread()), load(self, index))[1])  # fmt: skip
+    alone = evaluate(*trained, device="cpu", progress=False)
+    assert decoding == {threading.current_thread()}
+    decoding.clear()
+    assert evaluate(*trained, workers=2, device="cpu", progress=False) == alone
+    assert decoding and threading.current_thread() not in decoding
+
+
+def test_images_and_captions_alone_are_those_of_both(trained):
+    model, store, (images, texts, _) = embed_test(trained)
+    tokenizer = loaded(trained[0])[2]
+    alone, readable = embed_images(model, store, progress=False)
+    assert torch.equal(alone, images) and readable == list(range(16))
+    captions = [caption for captions in store.dataset.captions for caption in captions]
+    assert torch.equal(embed_texts(model, captions, tokenizer, progress=False), texts)
+    with pytest.raises(ValueError, match="batch_size is 0; it must be at least 1"):
+        embed_texts(model, captions, tokenizer, batch_size=0, progress=False)
+
+
+def test_an_error_gives_the_models_mode_back(trained, own_scenes):
+    (own_scenes[1] / "test/000002.png").unlink()
+    model, preprocess, tokenizer = loaded(trained[0])
+    store = ImageStore(KarpathyDataset(*own_scenes, "test"), preprocess, strict=True)
+    model.train()
+    with pytest.raises(UnreadableImage):
+        embed_dataset(model, store, tokenizer, progress=False)
+    assert model.training
+    model.eval()
 
 
 def test_the_table_has_every_number(trained):
@@ -334,10 +386,12 @@ def test_command_line(trained, clip_weights, tmp_path, capsys, small_protocols):
     found = json.loads(out.read_text())
     assert all(f"{found['by_protocol'][name]['rsum']:.1f}" in "\n".join(lines) for name in found["by_protocol"])
     zero_shot = ["evaluate", "scenes-ViT-T-16", "--pretrained", str(clip_weights)]
-    assert cli.main([*zero_shot, *where, "--captions-per-image", "2"]) == 0
+    assert cli.main([*zero_shot, *where, "--captions-per-image", "2", "--workers", "2"]) == 0
     assert "full" in capsys.readouterr().out
     assert cli.main(["evaluate", "scenes-ViT-T-16", *where]) == 2
     assert cli.main([*zero_shot, *where, "--protocol", "coco", "--split", "val"]) == 2
+    assert cli.main([*zero_shot, *where, "--workers", "-1"]) == 2
     errors = capsys.readouterr().err
     assert "mvam-fast: error: model: no such folder: scenes-ViT-T-16;" in errors
+    assert "mvam-fast: error: workers is -1; it must be at least 0" in errors
     assert "mvam-fast: error: protocol is 'coco-5k', which needs 16 images; the data has 8" in errors

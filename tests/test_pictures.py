@@ -162,6 +162,16 @@ def test_any_picture_can_be_drawn(mode, size, tmp_path):
     assert 100 < height < 1600 and 400 < width < 1600
 
 
+@pytest.mark.parametrize("views", [1, 33, 64])
+def test_any_number_of_views_can_be_drawn(views, tmp_path, texts_of):
+    attention = torch.rand(views, 4).softmax(1)
+    patch_overlay(Image.new("L", (2, 2)), attention, 0, even_map((2, 2), (2, 2)), ranked(attention), tmp_path / "p.png",
+                  "")  # fmt: skip
+    assert sum(text.startswith("view ") for text in texts_of[0]) == views
+    width, height = Image.open(tmp_path / "p.png").size
+    assert width < 1600 and height < 2200
+
+
 def test_the_unseen_is_hatched_only_where_there_is_some(tmp_path, texts_of):
     attention = torch.full((1, 4), 0.25)
     image = Image.new("RGB", (40, 40))
@@ -262,6 +272,29 @@ def test_images_can_be_chosen_by_id(scenes, checkpoint_of, tmp_path, texts_of):
     assert sum(text.startswith("✓ ") and "frame" not in text for text in texts_of[0]) == 1  # k is all images
     with pytest.raises(ValueError, match="ids has nothing, which is no image of the split 'test'; it has "):
         visualize(*arguments, ids=["nothing"])
+
+
+def test_the_rank_is_the_place_in_the_order_shown(scenes, checkpoint_of, tmp_path, monkeypatch):
+    from mvam_fast.retrieval import visualize as module
+
+    sheets = []
+    monkeypatch.setattr(module, "retrieval_sheet", lambda queries, path: sheets.append(queries))
+    monkeypatch.setattr(module, "_draw_words", lambda *_: None)
+    monkeypatch.setattr(module, "_draw_patches", lambda *_: None)
+    # Scores of another kind, so that a rank by other scores is told from one by these.
+    monkeypatch.setattr(module, "top_k", lambda queries, corpus, k: torch.cdist(queries, -corpus).topk(k))
+    tokenized = []
+    parts = load_model(checkpoint_of("views"), "cpu")
+    monkeypatch.setattr(module, "load_model", lambda *_: (
+        *parts[:2], lambda texts: (tokenized.extend(texts), parts[2](texts))[1]))  # fmt: skip
+    visualize("folder", *scenes, tmp_path, count=12, k=12, progress=False)
+    (queries,) = sheets
+    assert len(queries) == 12 and tokenized == [query.text for query in queries]  # none of the other 48 captions
+    for query in queries:
+        found = query.found["MVAM"]
+        scores, right = [score for _, score, _ in found.images], [right for _, _, right in found.images]
+        assert sum(right) == 1 and scores == sorted(scores, reverse=True)
+        assert found.rank == sum(score >= scores[right.index(True)] for score in scores)
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,25 @@ def test_the_row_of_a_model():
     for model, tag, protocol in (
         ("ViT-B-32", "laion2b_e16", "coco-5k"), ("ViT-B-32", None, "coco-5k"), ("ViT-B-32", "openai", "coco-1k"),
     ):  # fmt: skip
-        assert published(model, tag, protocol) is None and beside({}, model, tag, protocol) is None
+        assert published(model, tag, protocol) is None
+        assert beside({}, model, tag, protocol, data="dataset_coco.json", split="test") is None
 
 
 def test_the_difference_is_what_was_measured_less_what_was_published():
     found = published("ViT-L-14", "openai", "coco-5k")
     measured = {name: value + 0.5 for name, value in found.items()}
-    assert beside(measured, "ViT-L-14", "openai", "coco-5k")["difference"] == pytest.approx(dict.fromkeys(found, 0.5))
+    row = beside(measured, "ViT-L-14", "openai", "coco-5k", data="coco/dataset_coco.json", split="test")
+    assert row["metrics"] == found and row["difference"] == pytest.approx(dict.fromkeys(found, 0.5))
+    assert row["recognised"] is True and row["of"] == "COCO, test of Karpathy's split (dataset_coco.json)"
+
+
+@pytest.mark.parametrize("protocol, data, split", [
+    ("coco-5k", "dataset_coco.json", "val"), ("coco-5k", "dataset_flickr30k.json", "test"),
+    ("coco-5k", "val2017.csv", "test"), ("flickr30k-1k", "dataset_coco.json", "test"),
+    ("flickr30k-1k", "dataset_scenes.json", "test"), ("flickr30k-1k", "dataset_flickr30k.json", "train"),
+])  # fmt: skip
+def test_other_data_has_no_published_numbers_beside_it(protocol, data, split):
+    measured = published("ViT-L-14", "openai", protocol)
+    row = beside(measured, "ViT-L-14", "openai", protocol, data=data, split=split)
+    assert row["recognised"] is False and not {"metrics", "difference"} & set(row)
+    assert row["of"].startswith("COCO, test" if protocol == "coco-5k" else "Flickr30K, test")

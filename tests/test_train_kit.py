@@ -11,9 +11,11 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mvam_fast import MVAM
+from mvam_fast.files import write_json
 from mvam_fast.retrieval import checkpoints
 from mvam_fast.retrieval import train as train_module
 from mvam_fast.retrieval.config import TrainConfig
@@ -72,19 +74,60 @@ def whole(data, tmp_path_factory):
     return out
 
 
-def test_two_processes_equal_one(data, whole, tmp_path):
-    settings = config(data, tmp_path / "two")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mvam_fast.cli", "train"]
-    done = subprocess.run(
-        [sys.executable, *launch, *flags(settings)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def launched():
+    def launch(settings):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mvam_fast.cli"]
+        done = subprocess.run(
+            [sys.executable, *command, "train", *flags(settings)], capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    return launch
+
+
+def test_two_processes_equal_one(data, whole, tmp_path, launched):
+    launched(config(data, tmp_path / "two"))
     assert json.loads((tmp_path / "two/result.json").read_text())["processes"] == 2
     assert_same_run(tmp_path / "two", whole, rtol=2e-5)
     for name, value in weights(whole).items():
         # Adam divides by the root of a mean square: where a gradient is all rounding, so is the step's direction.
         torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=0, atol=1e-3, msg=name)
+
+
+def test_two_processes_go_on_with_what_one_began(data, tmp_path, launched):
+    """In cached parts, with an average of the weights and evaluations."""
+    changes = {"accumulation_steps": 2, "global_view": True, "ema": 0.9, "eval_every": 3, "save_every": 2}
+    train(config(data, tmp_path / "whole", **changes), progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        dying_at(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(data, tmp_path / "cut", **changes), progress=False)
+    launched(config(data, tmp_path / "cut", resume=True, **changes))
+    result = json.loads((tmp_path / "cut/result.json").read_text())
+    assert (result["processes"], result["resumed_at"]) == (2, 2)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole", rtol=2e-5)
+    expected = weights(tmp_path / "whole")
+    for name, value in weights(tmp_path / "cut").items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=5e-4, msg=name)
+
+
+def test_parameters_that_no_loss_reaches_are_frozen(data):
+    """SigLIP's own pooling, where only learned views are kept: several processes would wait for its gradient."""
+    open_clip = pytest.importorskip("open_clip")
+    model = train_module.MVAM(open_clip.create_model("ViT-B-16-SigLIP", pretrained=None), 2)
+    store = type("Store", (), {
+        "load": lambda self, indices: (torch.zeros(1, 3, 224, 224, dtype=torch.uint8), [0]),
+        "normalize": lambda self, images: images.float(),
+    })()  # fmt: skip
+    training = type("Training", (), {
+        "model": model, "val_store": store, "tokenizer": lambda self, texts: torch.ones(2, 64, dtype=torch.long),
+    })()  # fmt: skip
+    train_module._Training._freeze_what_is_not_reached(training)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen and all(".trunk.attn_pool." in name for name in frozen)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_cached_parts_equal_the_whole_batch(data, whole, tmp_path):
@@ -195,15 +238,41 @@ def test_early_stopping_keeps_the_best_model(data, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_no_number_stops_with_what_to_look_at(data, tmp_path):
-    message = "the loss of step 3 is not finite .* last good checkpoint is .*step-000002"
-    with pytest.raises(TrainingFailed, match=message):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train_module, "rate_at", lambda config, step: 1.0 if step < 2 else 1e30)
-            train(config(data, tmp_path / "run", save_every=2), progress=False)
+    """Step 2 is taken far too far: its checkpoint is whole, but what it holds is good for nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "rate_at", lambda config, step: 1e30 if step == 2 else 1.0)
+        message = "the loss of step 3 is not finite .* last good checkpoint is .*-000001:"
+        with pytest.raises(TrainingFailed, match=message):
+            train(config(data, tmp_path / "run", save_every=1), progress=False)
     report = json.loads((tmp_path / "run/failure-0.json").read_text())
     assert report["step"] == 3 and len(report["batch"]) == 16
     assert all(".png (id " in name for name in report["batch"])
     assert not (tmp_path / "run/result.json").exists()
+    train(config(data, tmp_path / "run", save_every=1, resume=True), progress=False)
+    assert json.loads((tmp_path / "run/result.json").read_text())["resumed_at"] == 1
+    assert all(row["loss"] < 10 for row in rows(tmp_path / "run") if "loss" in row)
+
+
+def test_a_gradient_that_is_no_number_is_not_used(data, tmp_path, monkeypatch):
+    backward = torch.Tensor.backward
+
+    def spoiled(self, *arguments, **options):
+        backward(self, *arguments, **options)
+        if train_steps[-1] == 3:
+            logit_scale[0].grad.fill_(math.nan)
+
+    train_steps, logit_scale, real = [], [], train_module.rate_at
+    monkeypatch.setattr(train_module, "rate_at", lambda config, step: (train_steps.append(step), real(config, step))[1])
+    made = train_module._make_model
+    monkeypatch.setattr(
+        train_module, "_make_model", lambda config: (found := made(config), logit_scale.append(found[0].logit_scale))[0]
+    )
+    monkeypatch.setattr(torch.Tensor, "backward", spoiled)
+    message = "the gradient of step 3 is not finite .* last good checkpoint is .*-000001:"
+    with pytest.raises(TrainingFailed, match=message):
+        train(config(data, tmp_path / "run", save_every=1), progress=False)
+    kept = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert kept == {"failed-step-000002", "step-000001"}
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(data, tmp_path, monkeypatch):
@@ -215,7 +284,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(data, tmp_path, monkeypatch):
         real(path, value)
 
     monkeypatch.setattr(checkpoints, "write_json", full)
-    with pytest.raises(OSError, match="checkpoint of step 4 could not be written .*No space.*step-000002, is whole"):
+    message = "step-000002, is whole; the checkpoint of step 4 could not be written to .*No space"
+    with pytest.raises(OSError, match=message):
         train(config(data, tmp_path / "run", save_every=2), progress=False)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000002"]
     monkeypatch.undo()
@@ -223,11 +293,56 @@ def test_a_full_disk_leaves_the_old_checkpoint(data, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/result.json").read_text())["resumed_at"] == 2
 
 
+def test_a_full_disk_leaves_no_half_model(data, tmp_path, monkeypatch):
+    real = MVAM.save_pretrained
+
+    def full(self, folder, **tools):
+        real(self, folder, **tools)
+        if "model" in folder.name:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(MVAM, "save_pretrained", full)
+    message = "the last checkpoint is .*step-000004; the model could not be written .*No space"
+    with pytest.raises(OSError, match=message):
+        train(config(data, tmp_path / "run", save_every=4), progress=False)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "config.json", "metrics.jsonl"}
+
+
+def test_a_run_cut_short_at_its_very_end_is_finished(data, tmp_path, monkeypatch):
+    """Between the best model and the result."""
+    changes = {"steps": 8, "eval_every": 2, "early_stopping": 9, "save_every": 6}
+    with monkeypatch.context() as patch:
+        falling_recall(patch, [90.0, 80.0, 70.0, 60.0])
+        patch.setattr(train_module, "write_json", write_unless_result)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(data, tmp_path / "run", **changes), progress=False)
+    falling_recall(monkeypatch, [60.0])
+    train(config(data, tmp_path / "run", resume=True, **changes), progress=False)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["best_step"], result["validation"]["rsum"], result["last_validation"]["rsum"]) == (2, 90.0, 60.0)
+    assert not list((tmp_path / "run").glob("best-*")) and MVAM.from_pretrained(tmp_path / "run/model").num_views == 2
+
+
+def write_unless_result(path, value):
+    if path.name == "result.json":
+        raise KeyboardInterrupt
+    write_json(path, value)
+
+
+def test_other_files_among_the_checkpoints_are_left_alone(data, tmp_path):
+    folder = tmp_path / "run/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / ".nfs0001").write_text("")
+    (folder / "step-000001.bak").mkdir()
+    train(config(data, tmp_path / "run", save_every=1), progress=False)
+    assert {path.name for path in folder.iterdir()} == {".nfs0001", "step-000001.bak", "step-000004", "step-000005"}
+
+
 def test_it_warns_of_views_that_coincide(data, tmp_path, capsys):
-    train(config(data, tmp_path / "equal", steps=2, code_std=0.001), progress=False)
+    train(config(data, tmp_path / "equal", steps=2, warmup=1, code_std=0.001), progress=False)
     assert "warning: the image views coincide at step 1" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "equal/result.json").read_text())["warnings"]) == 2  # one for each tower
-    train(config(data, tmp_path / "apart", steps=2), progress=False)
+    train(config(data, tmp_path / "apart", steps=2, warmup=1), progress=False)
     assert json.loads((tmp_path / "apart/result.json").read_text())["warnings"] == []
 
 

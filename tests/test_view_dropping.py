@@ -1,4 +1,5 @@
 """Dropping views: from the columns it gives what the smaller model gives, and noise is what goes first."""
+import csv
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 
 from mvam_fast import MVAM, cli, create_model_and_transforms
 from mvam_fast.retrieval import view_dropping
-from mvam_fast.retrieval.datasets import ImageStore, KarpathyDataset
+from mvam_fast.retrieval.datasets import ImageStore, KarpathyDataset, open_dataset
 from mvam_fast.retrieval.evaluate import embed_dataset, evaluate, load_model
 from mvam_fast.retrieval.metrics import recall_metrics
 from mvam_fast.retrieval.scenes import make_scenes
@@ -16,6 +17,7 @@ from mvam_fast.retrieval.view_dropping import (
     dropping_table,
     eliminate,
     rsums_without_each,
+    shared_images,
     view_columns,
     without,
 )
@@ -25,6 +27,21 @@ from mvam_fast.retrieval.view_dropping import (
 def scenes(tmp_path_factory):
     data = make_scenes(tmp_path_factory.mktemp("dropping"), train=4, val=12, test=16, progress=False)
     return data, data.parent / "images"
+
+
+@pytest.fixture
+def tables(scenes, tmp_path):
+    """The splits val and test as tables, with paths from the folder of the images."""
+    found = []
+    for split in ("val", "test"):
+        dataset = KarpathyDataset(*scenes, split)
+        with open(tmp_path / f"{split}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["filepath", "title"])
+            for path, captions in zip(dataset.image_paths, dataset.captions, strict=True):
+                writer.writerows([path.relative_to(scenes[1]), caption] for caption in captions)
+        found.append(tmp_path / f"{split}.csv")
+    return found
 
 
 def made_up(noise, *, views=4, width=8, first=0, images=40, seed=0):
@@ -128,10 +145,46 @@ def test_what_cannot_be_done_is_said(scenes, checkpoint_of, tmp_path):
         ("views", {"keep": [0]}, "keep is 0; it must be 1 to 4"),
         ("global", {"save": [0]}, "save is 0; it must be 1 to 3"),
         ("views", {"choose_on": "dev"}, "split is 'dev'"),
+        ("views", {"choose_on": "test"}, "choose_on is 'test', and 16 of its 16 images in .* are among .*--choose-on"),
+        ("views", {"choose_images": "here"}, "choose_images is 'here', but choose_data, .* is not given"),
     ):
         with pytest.raises(ValueError, match=message):
             drop_views(checkpoint_of(name), *scenes, out=tmp_path / "out", device="cpu", progress=False, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_data_without_splits_needs_other_data_to_choose_on(scenes, tables, checkpoint_of, tmp_path):
+    val, test = tables
+    options = {"out": tmp_path / "out", "keep": [1], "device": "cpu", "progress": False}
+    copied = tmp_path / "copy.csv"
+    copied.write_bytes(test.read_bytes())
+    for chosen in ({}, {"choose_data": test, "choose_images": scenes[1]}, {"choose_data": copied},
+                   {"choose_on": "test", "choose_data": scenes[0], "choose_images": scenes[1]}):  # fmt: skip
+        with pytest.raises(ValueError, match="and 16 of its 16 images .* are among .* as choose_data .--choose-data"):
+            drop_views(checkpoint_of("views"), test, scenes[1], **chosen, **options)
+    assert not (tmp_path / "out").exists()
+    found = drop_views(checkpoint_of("views"), test, scenes[1], choose_data=val, choose_images=scenes[1], workers=2,
+                       **options)  # fmt: skip
+    by_json = drop_views(checkpoint_of("views"), *scenes, **options)
+    assert found["sizes"] == by_json["sizes"] and found["dropped"] == by_json["dropped"]
+    assert found["data"]["choose"] | {"image_ids_sha256": "", "captions_sha256": ""} == {
+        "data": str(val), "images_from": str(scenes[1]), "split": "val", "images": 12, "captions": 60,
+        "image_ids_sha256": "", "captions_sha256": "",
+    }  # fmt: skip
+    assert found["data"]["measure"]["data"] == str(test) and found["data"]["measure"]["split"] == "test"
+    assert dropping_table(found).splitlines()[-1] == "measured on test.csv (test); chosen on val.csv (val)"
+
+
+def test_which_images_are_shared(scenes, tables, tmp_path):
+    val, test = (open_dataset(table, scenes[1]) for table in tables)
+    assert shared_images(val, test) == 0 and shared_images(test, test) == 16
+    lines = tables[1].read_text().splitlines()
+    (tmp_path / "few.csv").write_text("\n".join([lines[0], *lines[1:11:5], *tables[0].read_text().splitlines()[1:]]))
+    assert shared_images(open_dataset(tmp_path / "few.csv", scenes[1]), test) == 2  # with fewer captions, in one place
+    # Ids that are the same by chance: another image in another place.
+    test.captions = [[f"another {caption}" for caption in captions] for captions in test.captions]
+    test.image_paths = [tmp_path / path.name for path in test.image_paths]
+    assert shared_images(test, open_dataset(tables[1], scenes[1])) == 0
 
 
 def test_command_line(scenes, checkpoint_of, tmp_path, capsys):
@@ -140,8 +193,11 @@ def test_command_line(scenes, checkpoint_of, tmp_path, capsys):
     shown = capsys.readouterr().out
     result = json.loads((tmp_path / "drop_views.json").read_text())
     assert [row["views"] for row in result["sizes"]] == [3, 2, 1] and dropping_table(result) in shown
-    assert result["choose_on"] == "val" and result["data"]["val"]["images"] == 12
+    assert result["data"]["choose"]["split"] == "val" and result["data"]["choose"]["images"] == 12
     assert (tmp_path / "model-2/model.safetensors").is_file()
     assert f"global {' '.join(map(str, result['sizes'][1]['kept']))}" in shown
+    other = ["--choose-data", str(scenes[0]), "--choose-images", str(scenes[1]), "--choose-on", "train"]
+    again = ["drop-views", str(checkpoint_of("views")), *where, *other, "--keep", "1", "--workers", "1"]
+    assert cli.main(again) == 0 and "chosen on dataset_scenes.json (train)" in capsys.readouterr().out
     assert cli.main(["drop-views", str(checkpoint_of("single")), *where]) == 2
     assert "mvam-fast: error: model: " in capsys.readouterr().err

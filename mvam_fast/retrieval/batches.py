@@ -30,7 +30,14 @@ class PairBatches:
         if siblings > 1:
             _, group = np.unique(dataset.families, return_inverse=True)
             self.members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
-        self.steps_per_epoch = len(self._epoch(0)) // batch_size
+        usable = len(self._epoch(0))
+        if usable < batch_size:  # of siblings: a family's rest that fills no group is left out
+            raise ValueError(
+                f"siblings is {siblings} and batch_size {batch_size}, but of the {len(dataset)} images of "
+                f"{dataset.source} only {usable} are left in full groups of {siblings} of a family; batch_size must be "
+                "at most that, or siblings fewer"
+            )
+        self.steps_per_epoch = usable // batch_size
 
     def _epoch(self, epoch: int) -> np.ndarray:
         """All images in the order of this epoch, families cut into groups of `siblings`."""

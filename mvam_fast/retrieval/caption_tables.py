@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,9 @@ class CaptionTable(CaptionedImages):
         image_column, caption_column: names in the header.
         separator: between columns; if left out a tab, or a comma where the header has no tab.
 
-    ValueError names the row (the header is row 1) that cannot be read, or the image that has only empty captions.
+    ValueError names the row (the header is row 1) that cannot be read, or the image that has only empty captions. A
+    column that begins with a quote must end with one; where the quote closes in a later row, as that of a caption which
+    merely begins with one may, the rows between them would be lost, and that is an error too.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ def _rows(path: Path, separator: str | None, image_column: str, caption_column: 
             if separator is None:
                 separator = "\t" if "\t" in file.readline() else ","
                 file.seek(0)
-            for row in csv.reader(file, delimiter=separator):
+            for row in csv.reader(file, delimiter=separator, strict=True):
                 number += 1
                 if number == 1:
                     width = len(row)
@@ -87,12 +90,28 @@ def _rows(path: Path, separator: str | None, image_column: str, caption_column: 
                     raise ValueError(f"it has {len(row)} columns, the header {width}")
                 elif row and not row[image]:
                     raise ValueError(f"its column {image_column!r} is empty")
+                elif any(_holds_rows(text, place, width, separator) for place, text in enumerate(row)):
+                    raise ValueError(
+                        "a quote at the start of a column closes in a later row, and what lies between looks like rows "
+                        "of their own; a quote that belongs to the text must be doubled, in a quoted column"
+                    )
                 elif row:  # a line without anything, as at the end of some files, is none
                     yield row[image], row[caption]
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:  # in the row that did not come
+            raise ValueError(f"data: {path}, row {number + 1}: {error}") from error
+        except UnicodeDecodeError as error:  # somewhere in what is read ahead
             raise ValueError(f"data: {path}, after row {number}: {error}") from error
         except ValueError as error:
             raise ValueError(f"data: {path}, row {number}: {error}") from error
+
+
+def _holds_rows(text: str, place: int, width: int, separator: str) -> bool:
+    """Whether the text of the column at `place` has swallowed the end of its row and the start of another, by the
+    separators before its first and after its last line end."""
+    lines = re.split(r"[\r\n]+", text)
+    return (
+        len(lines) > 1 and lines[0].count(separator) >= width - 1 - place and lines[-1].count(separator) >= place
+    )
 
 
 def _columns(header: list[str], separator: str, *names: str) -> list[int]:

@@ -1,8 +1,11 @@
 """Training checkpoints: whole or absent, and complete enough that a resumed run repeats the uninterrupted one."""
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from ..files import read_json, write_json
 from ..model import MVAM, WEIGHTS, load_weights
 
 AVERAGE = "average.safetensors"  # the exponential moving average of the weights, where the run keeps one
+_WHOLE, _TEMPORARY = re.compile(r"step-(\d+)"), re.compile(r"\.step-\d+\.\d+")
 
 
 @dataclass
@@ -23,30 +27,52 @@ class Progress:
     Attributes:
         step: steps done.
         unreadable: images that could not be read so far, name to reason.
-        best_rsum, best_step, worse: the best validation so far, its step (0: none yet), and evaluations since.
+        warnings: what was warned of so far.
+        best, best_step: metrics of the best validation so far and its step (0: none yet); for early stopping.
+        worse: evaluations since then.
     """
 
     step: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
-    best_rsum: float = float("-inf")
+    warnings: list[str] = field(default_factory=list)
+    best: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     worse: int = 0
 
 
-def save(folder: Path, progress: Progress, model: MVAM, optimizer: torch.optim.Optimizer, scaler, average) -> Path:
-    """Writes FOLDER/step-NNNNNN (a model folder with the state of training beside it); older ones go afterwards.
-
-    `scaler`: of mixed precision, or None; `average`: an AveragedModel of the model, or None. If the disk is full or
-    fails, OSError tells which checkpoint is still there.
-    """
-    final = folder / f"step-{progress.step:06d}"
-    temporary = folder / f".{final.name}.{os.getpid()}"
-    before = newest(folder)
+@contextlib.contextmanager
+def written_whole(final: Path, what: str) -> Iterator[Path]:
+    """Yields a temporary folder that takes the place of `final` when the block ends. If the disk is full or fails it is
+    removed again, and OSError says that `what` could not be written."""
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed run: in a container the next one has the same pid
-    save_file = require("safetensors.torch", extra="train").save_file
     full = require("safetensors", extra="train").SafetensorError
     try:
         temporary.mkdir(parents=True)
+        yield temporary
+        for path in temporary.iterdir():  # on the disk before the name says that it is whole
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+    except (OSError, full) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{what} could not be written to {final} ({error})") from error
+
+
+def save(folder: Path, progress: Progress, model: MVAM, optimizer: torch.optim.Optimizer, scaler, average) -> Path:
+    """Writes FOLDER/step-NNNNNN, a model folder with the state of training beside it, and keeps the one before: until
+    another step has had a finite loss nobody knows whether the new one is any good.
+
+    `scaler`: of mixed precision, or None; `average`: an AveragedModel of the model, or None. If the disk is full,
+    OSError tells which checkpoint is still there.
+    """
+    before = newest(folder)
+    kept = f"the last one, {before}, is whole" if before else "there is none yet"
+    final = folder / f"step-{progress.step:06d}"
+    with written_whole(final, f"{kept}; the checkpoint of step {progress.step}") as temporary:
+        save_file = require("safetensors.torch", extra="train").save_file
         model.save_pretrained(temporary)
         tensors = {}
         for name, parameter in model.named_parameters():
@@ -59,23 +85,27 @@ def save(folder: Path, progress: Progress, model: MVAM, optimizer: torch.optim.O
         write_json(temporary / "training.json", {
             "scaler": {} if scaler is None else scaler.state_dict(), "progress": asdict(progress),
         })  # fmt: skip
-        for path in temporary.iterdir():  # on the disk before the name says that it is whole
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        os.rename(temporary, final)
-    except (OSError, full) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        kept = f"the last one, {before}, is whole" if before else "there is none yet"
-        raise OSError(f"the checkpoint of step {progress.step} could not be written ({error}); {kept}") from error
     for old in folder.iterdir():
-        if old != final:
+        if old not in (final, before) and (_WHOLE.fullmatch(old.name) or _TEMPORARY.fullmatch(old.name)):
             shutil.rmtree(old)
     return final
 
 
 def newest(folder: Path) -> Path | None:
     """The last whole checkpoint; None if there is none. What a kill left half-written has another name."""
-    return max(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    whole = [path for path in folder.glob("step-*") if _WHOLE.fullmatch(path.name)]
+    return max(whole, key=_step_of, default=None)
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Renames the checkpoints of `step` and later, after which training failed, so that no run goes on with them."""
+    for path in list(folder.glob("step-*")):
+        if _WHOLE.fullmatch(path.name) and _step_of(path) >= step:
+            os.replace(path, path.with_name(f"failed-{path.name}"))
+
+
+def _step_of(path: Path) -> int:
+    return int(_WHOLE.fullmatch(path.name)[1])
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler, average) -> Progress:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ..loss import DIVERSITY_TOWERS
 PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 SCHEDULES = ("constant", "rise", "fall")
 ACCUMULATIONS = ("cached", "separate")
+LOSSES = ("auto", "clip", "siglip")
 # Fields in which a resumed run may differ from the run that it goes on from.
 FREE = {
     "out", "resume", "strict", "device", "backend", "cache_images", "workers", "log_every", "save_every", "tensorboard",
@@ -55,12 +57,13 @@ class TrainConfig:
     grad_clip: float = _option(1.0, "largest norm of the gradient; 0 is no limit")
     precision: str = _option("fp32", "one of " + ", ".join(PRECISIONS))
     accumulation_steps: int = _option(1, "parts that a process computes its share of a batch in")
-    accumulation: str = _option("cached", "cached: all images are negatives of all, exactly as in one part, for a "
+    accumulation: str = _option("cached", "cached: all images are negatives of all, as in one part, for a "
                                           "second forward; separate: only those of a part")
     grad_checkpointing: bool = _option(False, "trade time for memory in the encoders")
     ema: float = _option(0.0, "decay of an average of the weights, which is what is evaluated and kept; 0 is none")
     early_stopping: int = _option(0, "evaluations without a better RSUM after which to stop; keeps the best model")
 
+    loss: str = _option("auto", "clip (softmax), siglip (sigmoid), or auto: siglip if the model has a bias for it")
     diversity_weight: float = _option(0.01, "weight of the diversity loss of each tower")
     diversity_kind: str = _option("frobenius", "one of " + ", ".join(DIVERSITY_KINDS))
     diversity_towers: str = _option("both", "one of " + ", ".join(DIVERSITY_TOWERS))
@@ -89,16 +92,25 @@ class TrainConfig:
         for name in ("batch_size", "steps", "log_every", "save_every", "accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup", "eval_every", "early_stopping", "workers", "weight_decay", "grad_clip", "code_std"):
-            if getattr(self, name) < 0:
+        at_least_0 = ("warmup", "eval_every", "early_stopping", "workers", "weight_decay", "grad_clip", "code_std")
+        for name in (*at_least_0, "seed", "views", "diversity_weight"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name in ("lr", "head_lr"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < math.inf:
+                raise ValueError(f"{name} is {rate}; it must be a positive number")
+        if self.views == 0 and not self.global_view:
+            raise ValueError("views is 0; it must be at least 1, or 0 together with global_view: the baseline")
+        if self.val_images is not None and self.val_data is None:
+            raise ValueError(f"val_images is {self.val_images!r}, but val_data is not given; both or val_data alone")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; it must be in [0, 1), such as 0.999")
         if self.early_stopping and not self.eval_every:
             raise ValueError(f"early_stopping is {self.early_stopping}, but eval_every is 0; it needs evaluations")
         for name, allowed in (
             ("precision", PRECISIONS), ("diversity_schedule", SCHEDULES), ("accumulation", ACCUMULATIONS),
-            ("device", ("auto", "cpu", "cuda")),
+            ("device", ("auto", "cpu", "cuda")), ("loss", LOSSES),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")

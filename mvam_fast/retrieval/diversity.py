@@ -11,8 +11,8 @@ from .._optional import require
 from ..version import __version__
 from .datasets import ImageStore, UnreadableImage, open_dataset
 from .diversity_report import write_report
-from .evaluate import load_model
 from .measures import entropy_share, mean_to_others, view_cosine
+from .models import load_model
 from .patch_overlay import prefix_name
 from .words import vocabulary_of
 

@@ -1,6 +1,8 @@
 """Features of every image and caption of a data set."""
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -30,45 +32,78 @@ def embed_dataset(
     return embed(model, store, tokenizer, batch_size=batch_size, progress=progress)[:3]
 
 
-@torch.no_grad()
 def embed(
     model: nn.Module, store: ImageStore, tokenizer, *, batch_size: int = 256, progress: bool = True
 ) -> Embedded:
     """`embed_dataset`, which also tells which images were readable."""
-    tqdm = require("tqdm", extra="train").tqdm
-    dataset, device = store.dataset, next(model.parameters()).device
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    was_training = model.training
-    model.eval()
-    images, readable = None, []
-    for start in tqdm(range(0, len(dataset), batch_size), desc="images", disable=not progress, leave=False):
-        try:
-            batch, kept = store.load(range(start, min(start + batch_size, len(dataset))))
-        except UnreadableImage:
-            if store.strict:
-                raise
-            continue  # every image of the batch, which are counted in store.unreadable
-        features = F.normalize(model.encode_image(store.normalize(batch.to(device))).float(), dim=-1)
-        if images is None:
-            images = torch.empty(len(dataset), features.shape[1])
-        images[len(readable) : len(readable) + len(kept)] = features.cpu()
-        readable += [start + position for position in kept]
+    images, readable = embed_images(model, store, batch_size=batch_size, progress=progress)
+    of_image = [store.dataset.captions[index] for index in readable]
+    captions = [caption for captions in of_image for caption in captions]
+    texts = embed_texts(model, captions, tokenizer, batch_size=batch_size, progress=progress)
+    owner = [row for row, captions in enumerate(of_image) for _ in captions]
+    return Embedded(images, texts, torch.tensor(owner), readable)
+
+
+def embed_images(
+    model: nn.Module, store: ImageStore, *, batch_size: int = 256, progress: bool = True
+) -> tuple[Tensor, list[int]]:
+    """`embed` of the images alone: features [I,F], and which of the data set's images they are."""
+    count, images, readable = len(store.dataset), None, []
+    with _ready(model) as device:
+        for part in _parts(count, batch_size, "images", progress):
+            try:
+                batch, kept = store.load(part)
+            except UnreadableImage:
+                if store.strict:
+                    raise
+                continue  # every image of the batch, which are counted in store.unreadable
+            features = F.normalize(model.encode_image(store.normalize(batch.to(device))).float(), dim=-1)
+            if images is None:
+                images = torch.empty(count, features.shape[1])
+            images[len(readable) : len(readable) + len(kept)] = features.cpu()
+            readable += [part[position] for position in kept]
     if images is None:
         name, reason = next(iter(store.unreadable.items()))
-        raise UnreadableImage(f"images: none of {len(dataset)} could be read; of {name}: {reason}")
-    captions = [caption for index in readable for caption in dataset.captions[index]]
-    owner = [row for row, index in enumerate(readable) for _ in dataset.captions[index]]
+        raise UnreadableImage(f"images: none of {count} could be read; of {name}: {reason}")
+    return images[: len(readable)], readable
+
+
+def embed_texts(
+    model: nn.Module, captions: Sequence[str], tokenizer, *, batch_size: int = 256, progress: bool = True
+) -> Tensor:
+    """`embed` of captions alone: features [T,F], those of equal captions the very same."""
     first_row: dict[str, int] = {}
     for row, caption in enumerate(captions):
         first_row.setdefault(caption, row)
-    rows = list(first_row.values())
-    texts = images.new_empty(len(captions), images.shape[1])
-    for start in tqdm(range(0, len(rows), batch_size), desc="captions", disable=not progress, leave=False):
-        chosen = rows[start : start + batch_size]
-        features = model.encode_text(tokenizer([captions[row] for row in chosen]).to(device))
-        texts[chosen] = F.normalize(features.float(), dim=-1).cpu()
+    rows, texts = list(first_row.values()), None
+    with _ready(model) as device:
+        for part in _parts(len(rows), batch_size, "captions", progress):
+            chosen = rows[part.start : part.stop]
+            token_ids = tokenizer([captions[row] for row in chosen])
+            features = F.normalize(model.encode_text(token_ids.to(device)).float(), dim=-1)
+            if texts is None:
+                texts = torch.empty(len(captions), features.shape[1])
+            texts[chosen] = features.cpu()
     copies = [row for row, caption in enumerate(captions) if first_row[caption] != row]
     texts[copies] = texts[[first_row[captions[row]] for row in copies]]
-    model.train(was_training)
-    return Embedded(images[: len(readable)], texts, torch.tensor(owner), readable)
+    return texts
+
+
+@contextmanager
+def _ready(model: nn.Module) -> Iterator[torch.device]:
+    """The model's device, while it is in evaluation mode and keeps no gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        model.train(was_training)
+
+
+def _parts(count: int, size: int, what: str, progress: bool) -> Iterator[range]:
+    if size < 1:
+        raise ValueError(f"batch_size is {size}; it must be at least 1")
+    tqdm = require("tqdm", extra="train").tqdm
+    for start in tqdm(range(0, count, size), desc=what, disable=not progress, leave=False):
+        yield range(start, min(start + size, count))

@@ -29,6 +29,7 @@ def evaluate(
     split: str = "test",
     captions_per_image: int | None = None,
     batch_size: int = 256,
+    workers: int = 0,
     device: str = "auto",
     strict: bool = True,
     out: str | Path | None = None,
@@ -41,6 +42,7 @@ def evaluate(
         protocols: names of `protocols.PROTOCOLS`, or "coco" for two of them, all measured on one pass of the encoders.
             Data that does not fit one is an error.
         captions_per_image: keep the first so many; for the protocol "full" alone, the others have their own number.
+        workers: threads that decode images; with 0 the one that does everything else.
         strict: an unreadable image is an error; otherwise it is left out, and counted under "protocol". Protocols with
             a number of images need them all.
         out: the result is also written there, and the rank of every query beside it (OUT.json → OUT.ranks.safetensors),
@@ -48,8 +50,9 @@ def evaluate(
 
     Returns:
         "metrics": those of the first protocol (`metrics_of_ranks`; there also how ties are counted); "by_protocol":
-        {name: metrics}; "published": {name: `published.beside`} where something is known; "protocol": the data, the
-        model and the code; "ranks": the file of ranks, if `out` is given.
+        {name: metrics}; "published": {name: `published.beside`} where something is known of the model, its numbers only
+        on the data that they are of; "protocol": the data, the model and the code; "ranks": the file of ranks, if `out`
+        is given.
     """
     wanted = protocols_of(protocols)
     fixed = [protocol for protocol in wanted if protocol.captions is not None]
@@ -65,14 +68,17 @@ def evaluate(
     for protocol in wanted:  # before the work, not after it
         protocol.check([len(captions) for captions in dataset.captions])
     loaded, preprocess, tokenizer = load_model(model, device, pretrained=pretrained)
-    store = ImageStore(dataset, preprocess, strict=strict)
+    store = ImageStore(dataset, preprocess, strict=strict, workers=workers)
     found = embed(loaded, store, tokenizer, batch_size=batch_size, progress=progress)
     place = next(loaded.parameters()).device
     features = found.images.to(place), found.texts.to(place)
     measured = {protocol.name: measure(protocol, *features, found.image_of_text) for protocol in wanted}
     published = {}
     if pretrained is not None:
-        published = {p: beside(m.metrics, str(model), pretrained, p) for p, m in measured.items()}
+        published = {
+            name: beside(one.metrics, str(model), pretrained, name, data=data, split=split)
+            for name, one in measured.items()
+        }
     result = {
         "kind": "retrieval",
         "metrics": measured[wanted[0].name].metrics,
@@ -144,7 +150,7 @@ def report_of(result: dict) -> str:
     rows = {}
     for name, metrics in result["by_protocol"].items():
         rows[name] = metrics
-        if name in result["published"]:
+        if result["published"].get(name, {}).get("recognised"):
             rows[f"{name}, published"] = result["published"][name]["metrics"]
             rows[f"{name}, difference"] = result["published"][name]["difference"]
     lines = [recall_table(rows)]
@@ -155,8 +161,13 @@ def report_of(result: dict) -> str:
                 "answer that ties with the right one, which counts against them; RSUM if ties counted for them: "
                 f"{metrics['rsum_if_ties_count_for']:.1f}"
             )
-    sources = {row["source"] for row in result["published"].values()}
-    lines += [f"published: by others, {source}; measured there, not here" for source in sources]
+    for name, row in result["published"].items():
+        if row["recognised"]:
+            told = "measured there, not here; that the data is the same is told by the names of file and split alone"
+        else:
+            said = result["protocol"]
+            told = f"left out, for {said['data']}, split {said['split']!r}, cannot be recognised as that"
+        lines.append(f"{name}, published: by others, {row['source']}, on {row['of']}; {told}")
     unreadable = result["protocol"]["unreadable_images"]
     lines += [f"left out as unreadable: {unreadable} images"] if unreadable else []
     lines += [f"left out of the data: {count} {reason}" for reason, count in result["protocol"]["left_out"].items()]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .loading import Batch
 
+PER_SAMPLE = ("image_features", "text_features", "image_gram", "text_gram")  # of what MVAM returns
+
 
 class StepGradients:
     """Adds the gradients of one step to the parameters.
@@ -25,7 +27,7 @@ class StepGradients:
         parts: how many; it must divide a process' part of the batch.
         accumulation: "cached" or "separate".
         seed: of dropout and the like, drawn anew for every step, process and part: a resumed run repeats them, and the
-            second run of a part what the first one drew.
+            second run of a part what the first one drew. Models that have it are so not quite the same in other parts.
     """
 
     def __init__(self, accelerator, model, loss_function, *, parts: int, accumulation: str, seed: int):
@@ -60,7 +62,7 @@ class StepGradients:
         with torch.no_grad():
             joined = _joined([self._forward(step, part, pair) for part, pair in enumerate(inputs)])
         # The temperature too comes from the model, whose wrapper for several processes has to see all gradients.
-        leaves = {name: value.requires_grad_() for name, value in joined.items() if value is not None}
+        leaves = {name: value.detach().requires_grad_() for name, value in joined.items() if value is not None}
         terms = self.loss_function(**{**joined, **leaves}, output_dict=True)
         loss = sum(terms.values())
         if self.all_finite(loss):
@@ -71,9 +73,9 @@ class StepGradients:
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                     output = self._forward(step, part, pair)
                     size = len(output["image_features"])
-                    pieces = {  # of the temperature the whole gradient, once
-                        name: leaf.grad if leaf.dim() == 0 else leaf.grad[start : start + size]
-                        for name, leaf in leaves.items() if leaf.grad is not None and (leaf.dim() > 0 or last)
+                    pieces = {  # of what all samples share, the temperature, the whole gradient once
+                        name: leaf.grad[start : start + size] if name in PER_SAMPLE else leaf.grad
+                        for name, leaf in leaves.items() if leaf.grad is not None and (name in PER_SAMPLE or last)
                     }  # fmt: skip
                     torch.autograd.backward([output[name] for name in pieces], list(pieces.values()))
                     start += size
@@ -97,7 +99,7 @@ def _joined(outputs: list[dict]) -> dict[str, Tensor | None]:
     if len(outputs) == 1:
         return outputs[0]
     return {
-        name: value if value is None or value.dim() == 0 else torch.cat([output[name] for output in outputs])
+        name: torch.cat([output[name] for output in outputs]) if value is not None and name in PER_SAMPLE else value
         for name, value in outputs[0].items()
     }
 

@@ -51,19 +51,25 @@ class ImageStore:
         preprocess: a torchvision Compose that ends in ToTensor, Normalize, as open_clip makes them.
         cache: keep every decoded image in memory (uint8). Only for a preprocess without randomness.
         strict: raise at an unreadable image instead of skipping it; those skipped are in `unreadable`.
-        workers: threads that decode.
+        workers: threads that decode, each time that something is loaded; with 0 the caller's own does.
     """
 
     def __init__(self, dataset: CaptionedImages, preprocess, *, cache=False, strict=False, workers: int = 0):
-        self.dataset, self.strict = dataset, strict
+        if workers < 0:
+            raise ValueError(f"workers is {workers}; it must be at least 0")
+        self.dataset, self.strict, self.workers = dataset, strict, workers
         self._preprocess = CutPreprocess(preprocess, cache=cache)
         self.unreadable: dict[str, str] = {}
         self._cache: dict[int, Tensor] | None = {} if cache else None
-        self._pool = ThreadPoolExecutor(workers) if workers else None
 
     def load(self, indices) -> tuple[Tensor, list[int]]:
         """uint8 [b,3,H,W] and which positions of `indices` they are: all, less the unreadable ones."""
-        images = list((self._pool.map if self._pool else map)(self._load_one, [int(i) for i in indices]))
+        numbers = [int(index) for index in indices]
+        if self.workers:  # threads of this call alone: starting them costs little beside a batch of images
+            with ThreadPoolExecutor(self.workers) as pool:
+                images = list(pool.map(self._load_one, numbers))
+        else:
+            images = [self._load_one(number) for number in numbers]
         kept = [position for position, image in enumerate(images) if image is not None]
         if not kept:
             raise UnreadableImage(f"none of {len(images)} images could be read, first: {self.unreadable}")

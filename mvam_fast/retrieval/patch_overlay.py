@@ -121,11 +121,12 @@ def _arrangement(views: int, aspect: float) -> tuple[int, float, float]:
     panels = {}
     for columns in range(1, views + 1):
         room = (_WIDEST - 0.3 - _LABEL) / columns - _GAP
-        tall = 8.5 / math.ceil(views / columns) - _HEAD - _GAP
+        # Of very many views, the figure grows: panels are no less tall than can be seen.
+        tall = max(8.5 / math.ceil(views / columns) - _HEAD - _GAP, 0.5)
         if room >= _LABEL:
             panels[columns] = min(room, tall / aspect, 2.6)
     columns = max(columns for columns, panel in panels.items() if panel >= 0.9 * max(panels.values()))
-    panel = max(panels[columns], 0.1)  # of very many views, each has little room
+    panel = max(panels[columns], 0.1)  # of a very narrow image
     return columns, panel, panel * aspect
 
 

@@ -7,6 +7,7 @@ from ..files import read_json
 
 FILE = Path(__file__).with_name("published.json")
 PROTOCOLS = ("flickr30k-1k", "coco-5k")
+_DATA = {"flickr30k": ("Flickr30K", "dataset_flickr30k.json"), "coco": ("COCO", "dataset_coco.json")}
 
 
 def published(model: str, pretrained: str | None, protocol: str) -> dict[str, float] | None:
@@ -20,13 +21,29 @@ def published(model: str, pretrained: str | None, protocol: str) -> dict[str, fl
     return None
 
 
-def beside(metrics: dict[str, float], model: str, pretrained: str | None, protocol: str) -> dict | None:
-    """{"source", "metrics" (as published), "difference" (measured − published)}; None if nothing is known."""
+def beside(
+    metrics: dict[str, float], model: str, pretrained: str | None, protocol: str, *, data: str | Path, split: str
+) -> dict | None:
+    """What was published, if what was measured is the split of the data that it is of; None if nothing is known.
+
+    Numbers of images tell no data set from another, so the split's name has to be "test" and the file's that of
+    Karpathy's; its content is not looked at.
+
+    Returns:
+        {"source", "of" (the data, in words), "recognised" (whether these are the data)}, and if so "metrics" (as
+        published) and "difference" (measured − published).
+    """
     found = published(model, pretrained, protocol)
     if found is None:
         return None
-    difference = {name: metrics[name] - value for name, value in found.items()}
-    return {"source": read_json(FILE, "published")["source"], "metrics": found, "difference": difference}
+    name, file = _DATA[protocol.partition("-")[0]]
+    row = {
+        "source": read_json(FILE, "published")["source"], "of": f"{name}, test of Karpathy's split ({file})",
+        "recognised": split == "test" and Path(data).name == file,
+    }  # fmt: skip
+    if row["recognised"]:
+        row |= {"metrics": found, "difference": {name: metrics[name] - value for name, value in found.items()}}
+    return row
 
 
 def markdown_table() -> str:

@@ -23,12 +23,13 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 class _Place(NamedTuple):
-    """Where a file lies: which shard, the name inside it, and its bytes."""
+    """Where a file lies: which shard, the name inside it, and its bytes. A link has none."""
 
     shard: int
     name: str
     offset: int
     size: int
+    is_link: bool
 
 
 class ShardDataset(CaptionedImages):
@@ -38,7 +39,7 @@ class ShardDataset(CaptionedImages):
     its captions in a .json (`captions`, a list of strings, or `caption`, a string) or, without these, in a .txt (one).
     All headers are read once, and the captions; images are read when asked for, wherever they lie, so that a batch is a
     function of its step here too, and a run resumes exactly. Samples without an image or without a caption that is not
-    empty are left out and counted in `left_out`.
+    empty are left out and counted in `left_out`, and so are those whose image is a hard or symbolic link.
 
     Args:
         shards: a path, a pattern with braces ("shards-{000..012}.tar", "{a,b}.tar") or wildcards ("shards-*.tar"), or a
@@ -68,6 +69,8 @@ class ShardDataset(CaptionedImages):
                 kept = keep_captions(raw, captions_per_image, left_out)
                 if image is None:
                     left_out["samples without an image"] += 1
+                elif image.is_link:
+                    left_out["samples whose image is a link"] += 1
                 elif not kept:
                     left_out["samples without a caption"] += 1
                 else:
@@ -141,14 +144,21 @@ def _choices(inside: str, pattern: str) -> list[str]:
 
 
 def _samples(number: int, shard: Path) -> Iterator[tuple[str, _Place | None, list[str]]]:
-    """(key, where the image lies if there is one, captions as they are) of each sample, in order of appearance."""
+    """(key, where the image lies if there is one, captions as they are) of each sample, in order of appearance. A link
+    counts as a sample's image where it has no other."""
     samples: dict[str, dict[str, _Place]] = {}
+    linked: dict[str, _Place] = {}
     for place in _files(number, shard):
         folder, _, name = place.name.rpartition("/")
         stem, _, extension = name.partition(".")
         if not stem or not extension:
             continue  # a hidden file, or one that belongs to no sample
-        files = samples.setdefault(f"{folder}/{stem}" if folder else stem, {})
+        key = f"{folder}/{stem}" if folder else stem
+        files = samples.setdefault(key, {})
+        if place.is_link:
+            if extension.lower() in IMAGE_EXTENSIONS:
+                linked[key] = place
+            continue
         if extension.lower() in files:
             raise ValueError(f"data: {shard} holds the file {place.name} more than once")
         files[extension.lower()] = place
@@ -156,17 +166,16 @@ def _samples(number: int, shard: Path) -> Iterator[tuple[str, _Place | None, lis
         images = [files[extension] for extension in IMAGE_EXTENSIONS if extension in files]
         if len(images) > 1:
             raise ValueError(f"data: {shard} has two images for one sample: {images[0].name} and {images[1].name}")
-        yield key, images[0] if images else None, _captions(shard, files)
+        yield key, images[0] if images else linked.get(key), _captions(shard, files)
 
 
 def _files(number: int, shard: Path) -> Iterator[_Place]:
-    end = 0
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                if member.isfile():
-                    yield _Place(number, member.name, member.offset_data, member.size)
+                if member.isfile() or member.islnk() or member.issym():
+                    yield _Place(number, member.name, member.offset_data, member.size, not member.isfile())
+            end = archive.offset  # of the first block that is no member
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"data: {shard} is not a whole, uncompressed tar file: {error}") from error
     # Behind the first header tarfile takes a damaged one for the end, and a shard would lose samples without a word.
@@ -174,6 +183,10 @@ def _files(number: int, shard: Path) -> Iterator[_Place]:
         file.seek(end)
         if any(chunk.strip(b"\0") for chunk in iter(lambda: file.read(1 << 20), b"")):
             raise ValueError(f"data: {shard} is damaged, or two tar files in one: more follows its end at byte {end}")
+        if file.tell() < end + _BLOCK:  # cut between two members, it would look like a shorter one
+            raise ValueError(
+                f"data: {shard} is not whole: it stops at byte {file.tell()} without the zeros that end a tar file"
+            )
 
 
 def _captions(shard: Path, files: dict[str, _Place]) -> list[str]:

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import datetime
 import math
-import os
 import shutil
 import sys
 import time
@@ -18,6 +17,7 @@ from .._optional import require
 from ..factory import create_model_and_transforms, get_tokenizer
 from ..files import read_json, write_json
 from ..loss import MVAMLoss
+from ..model import MVAM
 from . import checkpoints
 from .checkpoints import Progress
 from .config import FREE, TrainConfig
@@ -40,8 +40,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """Runs the training and returns the folder of the final model, OUT/model.
 
     Started by `torchrun` or `accelerate launch`, every process takes its share of each batch, and what is computed is
-    what one process would compute. OUT also holds config.json, metrics.jsonl (a row per logged step and per
-    evaluation), tensorboard/, checkpoints/ and result.json.
+    what one process would compute, but for what dropout draws. OUT, which all processes must see, also holds
+    config.json, metrics.jsonl (a row per logged step and per evaluation), tensorboard/, checkpoints/ and result.json.
 
     Raises:
         ValueError: a wrong setting, or OUT holds another run.
@@ -50,7 +50,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
     """
     config.check()
     with _accelerator(config) as accelerator:
-        if not _is_finished(config, Path(config.out)):
+        finished = _is_finished(config, Path(config.out))
+        _check_agreement(accelerator, "whether it is finished", finished)
+        if not finished:
             _Training(config, accelerator, progress).run()
     return Path(config.out) / "model"
 
@@ -65,14 +67,15 @@ class _Training:
         tokenizer = get_tokenizer(config.model)
         train_set = open_dataset(config.data, config.images, "train")
         val_set = _validation_data(config)
-        self.val_store = ImageStore(val_set, preprocess_val, cache=config.cache_images, strict=config.strict)
+        self.val_store = ImageStore(
+            val_set, preprocess_val, cache=config.cache_images, strict=config.strict, workers=config.workers
+        )
         self.tokenizer = tokenizer
         world = accelerator.num_processes
+        if world > 1:
+            self._freeze_what_is_not_reached()
         self.optimizer = make_optimizer(self.model, config)
-        self.loss_function = MVAMLoss(
-            config.diversity_weight, config.diversity_kind, towers=config.diversity_towers,
-            rank=accelerator.process_index, world_size=world,
-        )  # fmt: skip
+        self.loss_function = _make_loss(config, self.model, accelerator.process_index, world)
         self.average = None
         if config.ema:
             self.average = averaged(self.model, config.ema).to(accelerator.device)
@@ -85,6 +88,7 @@ class _Training:
                 checkpoint, self.model, self.optimizer, accelerator.scaler, self.average
             )
         self.start = self.progress.step
+        _check_agreement(accelerator, "the step of its last checkpoint", self.start)
         self.batches = TrainBatches(
             train_set, preprocess_train if config.augment else preprocess_val, tokenizer, config.batch_size,
             seed=config.seed, siblings=config.siblings, start_step=self.start, stop_step=config.steps,
@@ -104,7 +108,6 @@ class _Training:
         if main and not (self.out / "config.json").exists():
             write_json(self.out / "config.json", dataclasses.asdict(config))
         self.validation: dict | None = None
-        self.warnings: list[str] = []
 
     def run(self) -> None:
         config, began = self.config, time.monotonic()
@@ -114,6 +117,8 @@ class _Training:
         )  # fmt: skip
         with bar, self._log() as log:
             self.bar, self.log, self.timer, self.timed_step = bar, log, time.monotonic(), self.start
+            if config.warmup >= config.steps:
+                self._warn(f"warmup is {config.warmup} of {config.steps} steps: lr does not fall again before the end")
             for batch in self.batches:
                 self._step(batch)
                 if self._evaluate_if_due(batch.step):
@@ -124,6 +129,19 @@ class _Training:
         if self.accelerator.is_main_process:
             self._finish(time.monotonic() - began)
         self.accelerator.wait_for_everyone()
+
+    def _freeze_what_is_not_reached(self) -> None:
+        """Parameters that no loss depends on, such as an encoder's own pooling where only learned views are kept. They
+        would not change anyway, and training on several processes waits for the gradient of every parameter."""
+        image = self.val_store.normalize(self.val_store.load([0])[0])
+        self.model.eval()  # no running statistics are to move
+        output = self.model(image.repeat(2, 1, 1, 1), self.tokenizer(["a", "b"]))
+        sum(value.sum() for value in output.values() if value is not None).backward()
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.requires_grad_(False)
+        self.model.zero_grad()
+        self.model.train()
 
     def _log(self):
         if not self.accelerator.is_main_process:
@@ -140,9 +158,11 @@ class _Training:
         terms, output = self.gradients(batch, self.batches.normalize)
         loss = sum(terms.values())
         if not self.gradients.all_finite(loss):
-            self._fail(batch, terms, output)
-        if config.grad_clip:
-            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.grad_clip)
+            self._fail(batch, terms, output, "the loss")
+        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.grad_clip or math.inf)
+        # The scaler of float16 skips such a step by itself, and tries the next one with a smaller scale.
+        if self.accelerator.scaler is None and not self.gradients.all_finite(norm):
+            self._fail(batch, terms, output, "the gradient")
         self.prepared_optimizer.step()
         with torch.no_grad():  # as in CLIP: a temperature of at most 100
             self.model.logit_scale.clamp_(0, math.log(100))
@@ -173,7 +193,7 @@ class _Training:
     def _warn_of_coinciding_views(self, row: dict) -> None:
         for side in ("image", "text"):
             overlap = row.get(f"{side}_view_overlap", 0.0)
-            if overlap > COINCIDE and not any(side in warning for warning in self.warnings):
+            if overlap > COINCIDE and not any(f"the {side} views" in told for told in self.progress.warnings):
                 self._warn(
                     f"the {side} views coincide at step {row['step']}: the mean cosine of their attentions is "
                     f"{overlap:.4f}, so they act as one. Start the codes with code_std near 1 (it is "
@@ -181,7 +201,8 @@ class _Training:
                 )
 
     def _warn(self, message: str) -> None:
-        self.warnings.append(message)
+        if message not in self.progress.warnings:
+            self.progress.warnings.append(message)
         self.bar.write(f"warning: {message}", file=sys.stderr)
 
     def _evaluate_if_due(self, step: int) -> bool:
@@ -192,7 +213,8 @@ class _Training:
         found = [None]
         if self.accelerator.is_main_process:
             model = self.model if self.average is None else self.average.module
-            found = [recall_metrics(*embed_dataset(model, self.val_store, self.tokenizer, progress=False))]
+            features = embed_dataset(model, self.val_store, self.tokenizer, progress=False)
+            found = [recall_metrics(*(feature.to(self.accelerator.device) for feature in features))]
             self.log.write({"step": step, "split": "val", **found[0]})
         if self.accelerator.num_processes > 1:
             require("accelerate.utils", extra="train").broadcast_object_list(found)
@@ -200,8 +222,8 @@ class _Training:
         self.timer, self.timed_step = time.monotonic(), step
         if not config.early_stopping:
             return False
-        if self.validation["rsum"] > state.best_rsum:
-            state.best_rsum, state.best_step, state.worse = self.validation["rsum"], step, 0
+        if not state.best or self.validation["rsum"] > state.best["rsum"]:
+            state.best, state.best_step, state.worse = self.validation, step, 0
             if self.accelerator.is_main_process:
                 self._save_model(self.out / f"best-{step:06d}")
         else:
@@ -209,11 +231,9 @@ class _Training:
         return state.worse >= config.early_stopping
 
     def _save_model(self, folder: Path) -> None:
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        (self.model if self.average is None else self.average.module).save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # the same model, of a run that was cut short after it
-        os.rename(temporary, folder)
+        kept = checkpoints.newest(self.out / "checkpoints")
+        with checkpoints.written_whole(folder, f"the last checkpoint is {kept or 'none yet'}; the model") as temporary:
+            (self.model if self.average is None else self.average.module).save_pretrained(temporary)
 
     def _save_checkpoint(self) -> None:
         self._gather_unreadable()
@@ -242,18 +262,21 @@ class _Training:
     def _finish(self, seconds: float) -> None:
         state = self.progress
         if self.config.early_stopping:
-            self._drop_best(besides=state.best_step)
-            shutil.rmtree(self.out / "model", ignore_errors=True)
-            os.rename(self.out / f"best-{state.best_step:06d}", self.out / "model")
+            # Copied, not renamed: a run that is cut short before the result is written comes here again.
+            with checkpoints.written_whole(self.out / "model", "the model") as temporary:
+                shutil.copytree(self.out / f"best-{state.best_step:06d}", temporary, dirs_exist_ok=True)
         else:
             self._save_model(self.out / "model")
         left_out = {"truncated captions": self.batches.truncated, **self.batches.dataset.left_out}
         write_json(self.out / "result.json", {
-            "steps": state.step, "best_step": state.best_step or None, "validation": self.validation,
-            "seconds": seconds, "resumed_at": self.start, "processes": self.accelerator.num_processes,
+            "steps": state.step, "best_step": state.best_step or None,
+            "validation": state.best or self.validation, "last_validation": self.validation, "seconds": seconds,
+            "resumed_at": self.start, "processes": self.accelerator.num_processes,
             "parameters": sum(p.numel() for p in self.model.parameters()), "unreadable": state.unreadable,
-            "left_out": {reason: count for reason, count in left_out.items() if count}, "warnings": self.warnings,
+            "left_out": {reason: count for reason, count in left_out.items() if count}, "warnings": state.warnings,
+            "loss": type(self.loss_function.contrastive).__name__,
         })  # fmt: skip
+        self._drop_best(besides=-1)
         where = self.out / "result.json"
         if state.unreadable:
             print(f"{len(state.unreadable)} images could not be read; they are listed in {where}", file=sys.stderr)
@@ -261,13 +284,16 @@ class _Training:
             if count:
                 print(f"{reason}: {count} in the training data", file=sys.stderr)
 
-    def _fail(self, batch: Batch, terms: dict[str, Tensor], output: dict) -> None:
+    def _fail(self, batch: Batch, terms: dict[str, Tensor], output: dict, what: str) -> None:
         bad = [
             not bool(image.isfinite().all() and text.isfinite().all())
             for image, text in zip(output["image_features"], output["text_features"], strict=True)
         ]
         names = self.batches.describe(batch)
         guilty = [name for name, is_bad in zip(names, bad, strict=True) if is_bad]
+        if self.accelerator.is_main_process:  # one of the step before has weights that failed at once
+            checkpoints.set_aside(self.out / "checkpoints", batch.step - 1)
+        self.accelerator.wait_for_everyone()
         kept = checkpoints.newest(self.out / "checkpoints")
         report = {
             "step": batch.step, "loss": {name: str(term.item()) for name, term in terms.items()},
@@ -280,7 +306,7 @@ class _Training:
             f"its images begin with {', '.join(names[:3])}"
         )
         raise TrainingFailed(
-            f"the loss of step {batch.step} is not finite ({report['loss']}); {which}; all are listed in {path}. The "
+            f"{what} of step {batch.step} is not finite ({report['loss']}); {which}; all are listed in {path}. The "
             f"last good checkpoint is {report['last_checkpoint'] or 'none yet'}: lower lr, or look at the data"
         )
 
@@ -312,10 +338,35 @@ def _accelerator(config: TrainConfig):
 
 def _validation_data(config: TrainConfig):
     if config.val_data is None:
-        if Path(config.data).suffix != ".json":
+        if Path(config.data).suffix.lower() != ".json":
             raise ValueError(f"val_data is not given, and data {config.data} has no splits; it must be given")
         return open_dataset(config.data, config.images, config.val_split)
+    if config.val_images is None and Path(config.val_data).suffix.lower() == ".json":
+        raise ValueError(f"val_images is not given, but val_data {config.val_data} needs the folder of its images")
     return open_dataset(config.val_data, config.val_images, config.val_split)
+
+
+def _make_loss(config: TrainConfig, model: MVAM, rank: int, world: int) -> MVAMLoss:
+    kind = config.loss
+    if kind == "auto":
+        kind = "clip" if model.logit_bias is None else "siglip"
+    if kind == "siglip" and model.logit_bias is None:
+        raise ValueError(f"loss is 'siglip', but the model {config.model} has no bias for it; it must be clip or auto")
+    shared = {"rank": rank, "world_size": world}
+    sigmoid = require("open_clip.loss", extra="train").SigLipLoss(**shared) if kind == "siglip" else None
+    return MVAMLoss(
+        config.diversity_weight, config.diversity_kind, towers=config.diversity_towers, contrastive=sigmoid, **shared
+    )
+
+
+def _check_agreement(accelerator, what: str, value) -> None:
+    """Every process looks at OUT itself; where they see different folders, they would train apart or wait forever."""
+    if accelerator.num_processes > 1:
+        found = require("accelerate.utils", extra="train").gather_object([value])
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"out: the processes disagree on {what}: {found}; it must be one folder that all of them see"
+            )
 
 
 def _make_model(config: TrainConfig):
@@ -343,10 +394,9 @@ def _is_finished(config: TrainConfig, out: Path) -> bool:
     before, now = read_json(saved, "out"), dataclasses.asdict(config)
     free = FREE if config.early_stopping else {*FREE, "eval_every"}
     for name in {**now, **before}:  # another version's run may have other fields
-        if name not in free and before.get(name) != now.get(name):
-            raise ValueError(
-                f"{name} is {now.get(name)!r}, but the run in {out} was begun with {before.get(name)!r}"
-            )
+        earlier = before.get(name, getattr(TrainConfig, name, None))  # one that was new since had its default
+        if name not in free and earlier != now.get(name):
+            raise ValueError(f"{name} is {now.get(name)!r}, but the run in {out} was begun with {earlier!r}")
     return (out / "result.json").exists()
 
 

@@ -34,24 +34,33 @@ def drop_views(
     keep: Sequence[int] | None = None,
     save: Sequence[int] = (),
     choose_on: str = "val",
+    choose_data: str | Path | None = None,
+    choose_images: str | Path | None = None,
     split: str = "test",
     batch_size: int = 256,
+    workers: int = 0,
     device: str = "auto",
     progress: bool = True,
 ) -> dict:
     """Drops one view after another, the one whose loss costs least RSUM on `choose_on`, and measures on `split`.
 
+    ValueError if these have images in common: what was chosen on an image must not be measured on it.
+
     Args:
         model: folder of a model with learned views. Its global view, if it has one, always stays.
         keep: numbers of learned views to measure; all by default, from all of them down to 1 (0 with a global view).
         save: numbers of learned views, of which OUT/model-K is written, a model that has only these.
+        data, images, split: what is measured on, as for `open_dataset`.
+        choose_on, choose_data, choose_images: likewise what is chosen on. By default another split of `data`; data
+            without splits, as tables and tar files are, needs a `choose_data` of its own.
+        workers: threads that decode images; with 0 the one that does everything else.
         out: folder of drop_views.json, drop_views.png and the models.
 
     Returns:
-        {"kind", "model", "num_views", "global_view", "choose_on", "split" (of each also "images", "captions" and hashes
-        under "data"), "dropped": the views in the order in which they went, "sizes": [{"views", "kept" (their numbers),
-        "width", "chosen_rsum" (on `choose_on`), "metrics" (on `split`), "rsum_change" (against all views), "model"
-        (folder, if saved)}], most views first}.
+        {"kind", "model", "num_views", "global_view", "data": {"choose" and "measure": {"data", "images_from", "split",
+        "images" and "captions" (how many), their hashes}}, "dropped": the views in the order in which they went,
+        "sizes": [{"views", "kept" (their numbers), "width", "chosen_rsum" (on what was chosen on), "metrics" (on what
+        is measured on), "rsum_change" (against all views), "model" (folder, if saved)}], most views first}.
     """
     out = Path(out)
     loaded, preprocess, tokenizer = load_model(model, device)
@@ -64,17 +73,29 @@ def drop_views(
             if not least <= number <= loaded.num_views:
                 raise ValueError(f"{name} is {number}; it must be {least} to {loaded.num_views}, the learned views")
     sizes = sorted({*(sizes if keep is None else keep), *save}, reverse=True)
-    datasets = {name: open_dataset(data, images, name) for name in (choose_on, split)}
+    if choose_data is None and choose_images is not None:
+        raise ValueError(f"choose_images is {str(choose_images)!r}, but choose_data, whose images it has, is not given")
+    choose_from = (data, images) if choose_data is None else (choose_data, choose_images)
+    sources = {"choose": (*choose_from, choose_on), "measure": (data, images, split)}
+    datasets = {name: open_dataset(*source) for name, source in sources.items()}
+    shared = shared_images(datasets["choose"], datasets["measure"])
+    if shared:
+        raise ValueError(
+            f"choose_on is {choose_on!r}, and {shared} of its {len(datasets['choose'])} images in {choose_from[0]} are "
+            f"among those of the split {split!r} of {data}: views would be chosen on what they are measured on; give "
+            "another split as choose_on (--choose-on), or, as tables and tar files have none, other data as "
+            "choose_data (--choose-data)"
+        )
     found = {
-        name: embed(loaded, ImageStore(dataset, preprocess, strict=True), tokenizer, batch_size=batch_size,
-                    progress=progress)
+        name: embed(loaded, ImageStore(dataset, preprocess, strict=True, workers=workers), tokenizer,
+                    batch_size=batch_size, progress=progress)
         for name, dataset in datasets.items()
     }  # fmt: skip
     place = next(loaded.parameters()).device
-    columns = view_columns(loaded, found[split].images.shape[1])
-    steps = eliminate(*_on(place, found[choose_on]), columns, progress=progress)
+    columns = view_columns(loaded, found["measure"].images.shape[1])
+    steps = eliminate(*_on(place, found["choose"]), columns, progress=progress)
     dropped = [view for view, _ in steps if view is not None]
-    tested = _on(place, found[split])
+    tested = _on(place, found["measure"])
     everything = recall_metrics(*tested)
     rows = []
     for number in sizes:
@@ -90,13 +111,26 @@ def drop_views(
         rows.append(row)
     result = {
         "kind": "view dropping", "model": str(model), "num_views": loaded.num_views,
-        "global_view": loaded.global_view, "choose_on": choose_on, "split": split,
-        "data": {name: _describe(datasets[name]) for name in datasets},
+        "global_view": loaded.global_view,
+        "data": {name: _describe(*sources[name], dataset) for name, dataset in datasets.items()},
         "dropped": dropped, "sizes": rows, "mvam_fast": __version__,
     }  # fmt: skip
     write_json(out / "drop_views.json", result)
     _plot(result, out / "drop_views.png")
     return result
+
+
+def shared_images(one: CaptionedImages, other: CaptionedImages) -> int:
+    """How many images of `one` are in `other` too: lie in the same place, or have the same id and captions.
+
+    An id alone does not tell: two files may both count from 0, two folders have shards of the same names.
+    """
+    places = {other.image_name(index) for index in range(len(other))}
+    contents = {(name, tuple(captions)) for name, captions in zip(other.image_ids, other.captions, strict=True)}
+    return sum(
+        one.image_name(index) in places or (name, tuple(captions)) in contents
+        for index, (name, captions) in enumerate(zip(one.image_ids, one.captions, strict=True))
+    )
 
 
 def view_columns(model: MVAM, width: int) -> dict[int | None, range]:
@@ -183,8 +217,9 @@ def _on(place: torch.device, found: Embedded) -> tuple[Tensor, Tensor, Tensor]:
     return found.images.to(place), found.texts.to(place), found.image_of_text
 
 
-def _describe(dataset: CaptionedImages) -> dict:
+def _describe(data: str | Path, images: str | Path | None, split: str, dataset: CaptionedImages) -> dict:
     return {
+        "data": str(data), "images_from": None if images is None else str(images), "split": split,
         "images": len(dataset), "captions": sum(map(len, dataset.captions)),
         "image_ids_sha256": sha256_of_value(dataset.image_ids), "captions_sha256": sha256_of_value(dataset.captions),
     }  # fmt: skip
@@ -208,13 +243,18 @@ def _plot(result: dict, path: Path) -> None:
         place = (row["width"], row["metrics"]["rsum"])
         axis.annotate(str(row["views"]), place, xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
     axis.set_xlabel("numbers per image or text; at each point, how many learned views", fontsize=9)
-    axis.set_ylabel(f"RSUM, {result['split']} split", fontsize=9)
-    axis.set_title(f"Views dropped by RSUM on the {result['choose_on']} split", fontsize=10)
+    chosen, measured = (_named(result["data"][name]) for name in ("choose", "measure"))
+    axis.set_ylabel(f"RSUM on {measured}", fontsize=9, parse_math=False)
+    axis.set_title(f"Views dropped by RSUM on {chosen}", fontsize=10, parse_math=False)
     axis.margins(y=0.15)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     with atomic(path) as temporary:
         figure.savefig(temporary, facecolor="white")
+
+
+def _named(described: dict) -> str:
+    return f"{Path(described['data']).name} ({described['split']})"
 
 
 def dropping_table(result: dict) -> str:
@@ -228,6 +268,7 @@ def dropping_table(result: dict) -> str:
             f"{row['views']:5}{row['width']:7}{metrics['rsum']:9.1f}{row['rsum_change']:+9.1f}"
             f"{metrics['i2t_r1']:9.1f}{metrics['t2i_r1']:9.1f}  {kept}"
         )
-    lines.append(f"measured on the split {result['split']!r}; chosen on {result['choose_on']!r}")
+    chosen, measured = (_named(result["data"][name]) for name in ("choose", "measure"))
+    lines.append(f"measured on {measured}; chosen on {chosen}")
     lines += [f"{row['views']} views: {row['model']}" for row in result["sizes"] if "model" in row]
     return "\n".join(lines)

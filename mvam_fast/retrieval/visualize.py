@@ -1,7 +1,6 @@
 """Pictures of a model on a split: where its views look in captions and images, and what it retrieves."""
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .datasets import ImageStore, open_dataset
-from .evaluate import embed_dataset, load_model
+from .embedding import embed_images, embed_texts
 from .geometry import patch_map, patch_size
 from .measures import ranked
 from .metrics import top_k
+from .models import load_model
 from .patch_overlay import check_grid, patch_overlay
 from .retrieval_sheet import Found, Query, retrieval_sheet
 from .word_grid import word_grid
@@ -115,22 +115,17 @@ def _origin(count: int, ids: Sequence, texts: Sequence[str]) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-@torch.no_grad()
 def _search(loaded: dict, dataset, samples: list[_Sample], k: int, progress: bool) -> tuple[list[Query], list[int]]:
     """Every query with what each model finds, and the place of the last model's best image for it."""
-    corpus = copy.copy(dataset)  # images are what is searched; of all the captions only the samples' are needed
-    corpus.captions = [captions[:1] for captions in dataset.captions]
     found: list[dict[str, Found]] = [{} for _ in samples]
     for name, (model, transform, tokenizer) in loaded.items():
-        store = ImageStore(corpus, transform, strict=True)
-        image_features = embed_dataset(model, store, tokenizer, progress=progress)[0]
-        token_ids = tokenizer([sample.text for sample in samples]).to(_device(model))
-        queries = model.encode_text(token_ids, normalize=True).float().cpu()
-        scores, places = top_k(queries, image_features, k)
+        image_features, _ = embed_images(model, ImageStore(dataset, transform, strict=True), progress=progress)
+        queries = embed_texts(model, [sample.text for sample in samples], tokenizer, progress=False)
+        scores, places = top_k(queries, image_features, len(dataset))
         for number, sample in enumerate(samples):
-            best = zip(places[number].tolist(), scores[number].tolist(), strict=True)
+            best = zip(places[number, :k].tolist(), scores[number, :k].tolist(), strict=True)
             shown = [(dataset.load_image(place), score, place == sample.image) for place, score in best]
-            found[number][name] = Found(shown, _rank(queries[number], image_features, sample.image))
+            found[number][name] = Found(shown, _rank(scores[number], places[number], sample.image))
     rows = [
         Query(sample.text, None if sample.image is None else dataset.load_image(sample.image), by_model)
         for sample, by_model in zip(samples, found, strict=True)
@@ -138,12 +133,12 @@ def _search(loaded: dict, dataset, samples: list[_Sample], k: int, progress: boo
     return rows, places[:, 0].tolist()
 
 
-def _rank(query: Tensor, image_features: Tensor, truth: int | None) -> int | None:
-    """Where the true image stands, ties counting against it, as in the recall."""
+def _rank(scores: Tensor, places: Tensor, truth: int | None) -> int | None:
+    """Where the true image stands among all, whose scores and places these are; ties count against it, as in the
+    recall."""
     if truth is None:
         return None
-    scores = image_features @ query
-    return int((scores >= scores[truth]).sum())
+    return int((scores >= scores[places == truth]).sum())
 
 
 @torch.no_grad()
