@@ -10,17 +10,19 @@ end the plots and the tables of docs/results.md (`python benchmarks/ablation_pag
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ablation_cells import BASE, DATA, TUNING, Cell, folder_name, groups, rates_of  # noqa: E402
+from ablation_page import PAGE, build  # noqa: E402
+from inserts import between  # noqa: E402
 from machine import machine  # noqa: E402
 
 from mvam_fast.files import read_json, write_json  # noqa: E402
@@ -34,7 +36,10 @@ from mvam_fast.retrieval.train import train  # noqa: E402
 RESULT = Path(__file__).parent / "results/ablation/ablation.json"
 
 
-def _key(row: dict) -> tuple[str, str, int]:
+Key = tuple[str, str, int]
+
+
+def key_of(row: dict) -> Key:
     return folder_name(row["settings"]), row["data"], row["seed"]
 
 
@@ -51,11 +56,12 @@ def run_one(cell: Cell, seed: int, work: Path) -> dict:
     if (out / "row.json").exists():
         return read_json(out / "row.json", "work")
     found = evaluate(model, data, images, out=out / "test.json", progress=False)
-    result = read_json(out / "result.json", "work")
+    result, about = read_json(out / "result.json", "work"), machine(torch.device("cpu"))
     row = {
         "settings": cell.settings, "data": cell.data, "seed": seed, "parameters": result["parameters"],
         "embedding_width": found["protocol"]["embedding_width"], "validation": result["validation"],
         "test": found["metrics"], "train_seconds": result["seconds"], "warnings": result["warnings"],
+        "measured": {name: about[name] for name in ("device", "torch", "commit", "date")},
     }  # fmt: skip
     if config.views:
         report = diversity(model, data, images, out / "diversity", split="val", progress=False)
@@ -67,19 +73,12 @@ def run_one(cell: Cell, seed: int, work: Path) -> dict:
     return row
 
 
-def run_all(cells: list[tuple[Cell, int]], work: Path, jobs: int, done) -> None:
-    """Every (cell, seed) as a process of its own, `jobs` at once with one thread each; `done(row)` after each."""
-
-    def start(cell: Cell, seed: int) -> dict:
-        command = [sys.executable, __file__, "--work", str(work), "--one", json.dumps([cell.settings, cell.data, seed])]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if finished.returncode:
-            raise RuntimeError(f"{folder_name(cell.settings)}, seed {seed}: {finished.stderr.strip()[-2000:]}")
-        return json.loads(finished.stdout.splitlines()[-1])
-
-    with ThreadPoolExecutor(jobs) as pool:
-        running = [pool.submit(start, cell, seed) for cell, seed in cells]
+def run_all(cells: dict[Key, tuple[Cell, int]], work: Path, jobs: int, done: Callable[[dict], None]) -> None:
+    """Every cell with its seed, in `jobs` processes of one thread each; `done(row)` after each."""
+    # Spawned, not forked: this process holds threads of torch.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        running = [pool.submit(run_one, cell, seed, work) for cell, seed in cells.values()]
         try:
             for number, future in enumerate(as_completed(running), 1):
                 row = future.result()
@@ -91,6 +90,19 @@ def run_all(cells: list[tuple[Cell, int]], work: Path, jobs: int, done) -> None:
             raise
 
 
+def load_rows(path: Path, fresh: bool) -> dict[Key, dict]:
+    """What earlier runs measured, by key; ValueError where they had another recipe."""
+    if fresh or not path.exists():
+        return {}
+    result = read_json(path, "json")
+    changed = [name for name in {**BASE, **result["base"]} if BASE.get(name) != result["base"].get(name)]
+    if changed:
+        raise ValueError(
+            f"json: {path} was measured with another recipe ({', '.join(changed)}); pass --fresh to measure all again"
+        )
+    return {key_of(row): row for row in result["rows"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="runs go here; finished are reused")
@@ -98,46 +110,31 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", help="these alone, and the tuning; what the JSON has of others stays")
     parser.add_argument("--fresh", action="store_true", help="as if there were no JSON")
     parser.add_argument("--json", type=Path, default=RESULT)
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # how the processes of run_all are started
     options = parser.parse_args()
-    if options.one:
-        settings, data, seed = json.loads(options.one)
-        print(json.dumps(run_one(Cell("", settings, data), seed, options.work)))
-        return
-
+    between(PAGE)  # that the page can take the tables is better known before the hours of work
+    rows = load_rows(options.json, options.fresh)
     for name, images in DATA.items():
         make_scenes(options.work / name, train=images)
-    rows = {}
-    if options.json.exists() and not options.fresh:
-        rows = {_key(row): row for row in read_json(options.json, "json")["rows"]}
-
-    def missing(cells: list[tuple[Cell, int]]) -> list[tuple[Cell, int]]:
-        return [(cell, seed) for cell, seed in cells if (folder_name(cell.settings), cell.data, seed) not in rows]
-
-    run_all(missing([(cell, 0) for cell in TUNING.values()]), options.work, options.jobs,
-            lambda row: rows.update({_key(row): row}))  # fmt: skip
-    rates = rates_of(list(rows.values()))
-    chosen = groups(rates)
-    unknown = set(options.groups or ()) - set(chosen)
-    if unknown:
-        parser.error(f"--groups: there is no {', '.join(unknown)}; there are {', '.join(chosen)}")
     result = {
-        "kind": "ablation", "machine": machine(torch.device("cpu")), "base": BASE, "rates": rates,
+        "kind": "ablation", "machine": machine(torch.device("cpu")), "base": BASE,
         "oracle": oracle_recall(options.work / "scenes/dataset_scenes.json", "test"),
     }  # fmt: skip
 
     def done(row: dict) -> None:
-        rows[_key(row)] = row
+        rows[key_of(row)] = row
         write_json(options.json, {**result, "rows": list(rows.values())})
 
-    wanted = {  # by key: groups share cells
-        (folder_name(cell.settings), cell.data, seed): (cell, seed)
-        for name in options.groups or chosen for cell in chosen[name].cells for seed in chosen[name].seeds
-    }  # fmt: skip
-    run_all(missing(list(wanted.values())), options.work, options.jobs, done)
-    write_json(options.json, {**result, "rows": list(rows.values())})
-    from ablation_page import build
+    def run(cells: list[tuple[Cell, int]]) -> None:
+        by_key = {(folder_name(cell.settings), cell.data, seed): (cell, seed) for cell, seed in cells}
+        run_all({key: pair for key, pair in by_key.items() if key not in rows}, options.work, options.jobs, done)
 
+    run([(cell, 0) for cell in TUNING.values()])
+    chosen = groups(rates_of(list(rows.values())))
+    unknown = set(options.groups or ()) - set(chosen)
+    if unknown:
+        parser.error(f"--groups: there is no {', '.join(unknown)}; there are {', '.join(chosen)}")
+    wanted = [chosen[name] for name in options.groups or chosen]
+    run([(cell, seed) for group in wanted for cell in group.cells for seed in group.seeds])  # groups share cells
     print("\n".join(map(str, build(options.json))))
 
 

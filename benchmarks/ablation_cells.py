@@ -54,11 +54,17 @@ def folder_name(settings: dict) -> str:
 
 def rates_of(rows: list[dict]) -> dict[str, float]:
     """For each pooling the learning rate with the best RSUM on the validation split, of rows of TUNING."""
-    recall = {folder_name(row["settings"]): row["validation"]["rsum"] for row in rows if row["seed"] == 0}
-    return {
-        name: max(RATES, key=lambda rate: recall[folder_name(TUNING[name, rate].settings)])  # noqa: B023
-        for name in POOLINGS
-    }
+    recall = tuning_recall(rows)
+    return {name: max(RATES, key=lambda rate, name=name: recall[name, rate]) for name in POOLINGS}
+
+
+def tuning_recall(rows: list[dict]) -> dict[tuple[str, float], float]:
+    """RSUM on the validation split by pooling and learning rate."""
+    found = {
+        folder_name(row["settings"]): row["validation"]["rsum"]
+        for row in rows if row["seed"] == 0 and row["data"] == "scenes"
+    }  # fmt: skip
+    return {key: found[folder_name(cell.settings)] for key, cell in TUNING.items()}
 
 
 def groups(rates: dict[str, float]) -> dict[str, Group]:

@@ -7,7 +7,17 @@ from pathlib import Path
 from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ablation_cells import BASE, POOLINGS, RATES, TUNING, Cell, Group, folder_name, groups  # noqa: E402
+from ablation_cells import (  # noqa: E402
+    BASE,
+    POOLINGS,
+    RATES,
+    Cell,
+    Group,
+    folder_name,
+    groups,
+    rates_of,
+    tuning_recall,
+)  # fmt: skip
 from ablation_plots import plot_diversity, plot_groups, plot_rates, plot_views  # noqa: E402
 from inserts import replace  # noqa: E402
 from sections import table as markdown  # noqa: E402
@@ -104,7 +114,7 @@ def pair(values: list[float] | None) -> str:
 
 def section(result: dict) -> str:
     """Markdown: what was run, then every group that is complete."""
-    about, rates = result["machine"], result["rates"]
+    about, rates = result["machine"], rates_of(result["rows"])
     parts = [
         f"Built by `make ablation` from [ablation.json](../benchmarks/results/ablation/ablation.json): "
         f"{len(result['rows'])} trainings on {about['device']}, {about['cores']} cores, one thread each, float32, "
@@ -115,11 +125,12 @@ def section(result: dict) -> str:
         f"the validation split. A reader that understands every caption and guesses among the images it fits: RSUM "
         f"{result['oracle']['rsum']:.1f}.",
     ]
-    recall = {folder_name(row["settings"]): row["validation"]["rsum"] for row in result["rows"] if row["seed"] == 0}
-    tuned = [
-        [name, *(f"{'**' if rate == rates[name] else ''}{recall[folder_name(TUNING[name, rate].settings)]:.1f}"
-                 f"{'**' if rate == rates[name] else ''}" for rate in RATES)] for name in POOLINGS
-    ]  # fmt: skip
+    recall = tuning_recall(result["rows"])
+
+    def shown(name: str, rate: float) -> str:
+        return f"**{recall[name, rate]:.1f}**" if rate == rates[name] else f"{recall[name, rate]:.1f}"
+
+    tuned = [[name, *(shown(name, rate) for rate in RATES)] for name in POOLINGS]
     parts.append("### Learning rates\n\nRSUM on the validation split, seed 0; the best one (bold) is used below.\n\n"
                  + markdown(["", *(f"{rate:g}" for rate in RATES)], tuned)
                  + "\n![RSUM by learning rate](../benchmarks/results/ablation/rates.png)")  # fmt: skip
@@ -133,26 +144,33 @@ def section(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+def complete(result: dict) -> dict[str, list[Measured]]:
+    """The groups of which every training was done, by name."""
+    chosen = groups(rates_of(result["rows"]))
+    found = {name: measured(group, result["rows"]) for name, group in chosen.items()}
+    return {name: cells for name, cells in found.items() if cells is not None}
+
+
+def pictures(result: dict) -> list[str]:
+    """The names of the plots that the page shows."""
+    return [*(f"{name}.png" for name in complete(result)), "rates.png"]
+
+
 def build(path: Path, page: Path = PAGE) -> list[Path]:
     """Writes the plots beside the JSON and the measured part of the page; the paths of all."""
     result = read_json(path, "json")
-    chosen = groups(result["rates"])
-    complete = {
-        name: cells for name, group in chosen.items() if (cells := measured(group, result["rows"])) is not None
-    }
-    written = []
-    for name, cells in complete.items():
-        target = path.with_name(f"{name}.png")
+    chosen = groups(rates_of(result["rows"]))
+    for name, cells in complete(result).items():
+        group, target = chosen[name], path.with_name(f"{name}.png")
         if name in ("budget", "views"):
-            plot_views(chosen[name].title, cells, target)
+            plot_views(group.title, cells, target)
         elif "diversity" in name:
-            plot_diversity(chosen[name].title, cells, chosen[name].reference, target)
+            plot_diversity(group.title, cells, group.reference, target)
         else:
-            plot_groups(chosen[name].title, cells, result["oracle"]["rsum"], target)
-        written.append(target)
+            plot_groups(group.title, cells, result["oracle"]["rsum"], target)
     plot_rates(result, path.with_name("rates.png"))
     replace(page, section(result))
-    return [*written, path.with_name("rates.png"), page]
+    return [*(path.with_name(name) for name in pictures(result)), page]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean
 
-from ablation_cells import BASE, POOLINGS, RATES, TUNING, folder_name
+from ablation_cells import BASE, POOLINGS, RATES, tuning_recall
 from matplotlib.figure import Figure
 
 from mvam_fast.files import atomic
@@ -71,11 +71,11 @@ def plot_diversity(title: str, cells: list, reference: str, path: Path) -> None:
 
 def plot_rates(result: dict, path: Path) -> None:
     """RSUM on validation over the learning rate, for each pooling."""
-    recall = {folder_name(row["settings"]): row["validation"]["rsum"] for row in result["rows"] if row["seed"] == 0}
+    recall = tuning_recall(result["rows"])
     figure = Figure(figsize=(6.4, 3.4), dpi=100, layout="constrained")
     axis = figure.subplots()
     for name, color, marker in zip(POOLINGS, (GREY, "#009e73", ORANGE, BLUE), "s^vo", strict=True):
-        values = [recall[folder_name(TUNING[name, rate].settings)] for rate in RATES]
+        values = [recall[name, rate] for rate in RATES]
         axis.plot(RATES, values, marker=marker, color=color, label=name)
     axis.set_xscale("log")
     axis.set_xticks(RATES, [f"{rate:g}" for rate in RATES])

@@ -56,7 +56,7 @@ def _add_demo(commands) -> None:
     parser = _command(commands, "demo", "train, compare, draw and export on scenes made here; writes report.html", run)
     parser.add_argument("--out", default="runs/demo", help="folder of everything that is written")
     parser.add_argument("--seed", type=int, default=0, help="of data and training")
-    parser.add_argument("--steps", type=int, default=500, help="training steps of both models")
+    parser.add_argument("--steps", type=int, default=800, help="training steps of both models")
     parser.add_argument("--train-images", type=int, default=16000, help="images to train on")
     parser.add_argument("--throughput", help="JSON of benchmarks/throughput.py, shown in the report")
 
