@@ -46,6 +46,6 @@ setup(
     extras_require=EXTRAS,
     packages=[*find_packages(include=["mvam_fast", "mvam_fast.*"]), "mvam_fast.kernels", "mvam_fast.export"],
     package_dir={"mvam_fast.kernels": "kernels", "mvam_fast.export": "export"},
-    package_data={"mvam_fast": ["configs/*.json", "retrieval/*.json"]},
+    package_data={"mvam_fast": ["configs/*.json", "retrieval/evaluation/*.json"]},
     entry_points={"console_scripts": ["mvam-fast = mvam_fast.cli:main"]},
 )

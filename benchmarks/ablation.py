@@ -26,12 +26,12 @@ from inserts import between  # noqa: E402
 from machine import machine  # noqa: E402
 
 from mvam_fast.files import read_json, write_json  # noqa: E402
-from mvam_fast.retrieval.config import TrainConfig  # noqa: E402
-from mvam_fast.retrieval.diversity import diversity  # noqa: E402
-from mvam_fast.retrieval.evaluate import evaluate  # noqa: E402
+from mvam_fast.retrieval.evaluation.evaluate import evaluate  # noqa: E402
+from mvam_fast.retrieval.pictures.diversity import diversity  # noqa: E402
 from mvam_fast.retrieval.scene_truth import oracle_recall  # noqa: E402
 from mvam_fast.retrieval.scenes import make_scenes  # noqa: E402
-from mvam_fast.retrieval.train import train  # noqa: E402
+from mvam_fast.retrieval.training.config import TrainConfig  # noqa: E402
+from mvam_fast.retrieval.training.train import train  # noqa: E402
 
 RESULT = Path(__file__).parent / "results/ablation/ablation.json"
 

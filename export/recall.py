@@ -8,9 +8,9 @@ import torch
 from mvam_fast.export.source import Source
 
 from mvam_fast.preprocess import eval_transform
-from mvam_fast.retrieval.datasets import ImageStore, KarpathyDataset
-from mvam_fast.retrieval.evaluate import embed_dataset
-from mvam_fast.retrieval.metrics import recall_metrics
+from mvam_fast.retrieval.data.datasets import ImageStore, KarpathyDataset
+from mvam_fast.retrieval.evaluation.evaluate import embed_dataset
+from mvam_fast.retrieval.evaluation.metrics import recall_metrics
 
 
 class RecallData(NamedTuple):

@@ -77,10 +77,10 @@ def _add_scenes(commands) -> None:
 
 
 def _add_train(commands) -> None:
-    from .retrieval.config import TrainConfig, read_config, value_type
+    from .retrieval.training.config import TrainConfig, read_config, value_type
 
     def run(options):
-        from .retrieval.train import train
+        from .retrieval.training.train import train
 
         fields = {field.name for field in dataclasses.fields(TrainConfig)}
         given = {name: value for name, value in vars(options).items() if name in fields}
@@ -112,10 +112,10 @@ def _data_arguments(parser) -> None:
 
 
 def _add_evaluate(commands) -> None:
-    from .retrieval.protocols import NAMES
+    from .retrieval.evaluation.protocols import NAMES
 
     def run(options):
-        from .retrieval.evaluate import evaluate, report_of
+        from .retrieval.evaluation.evaluate import evaluate, report_of
 
         result = evaluate(
             options.model, options.data, options.images, pretrained=options.pretrained, split=options.split,
@@ -139,7 +139,7 @@ def _add_evaluate(commands) -> None:
 
 def _add_compare(commands) -> None:
     def run(options):
-        from .retrieval.significance import compare, comparison_table
+        from .retrieval.evaluation.significance import compare, comparison_table
 
         found = compare(options.a, options.b, resamples=options.resamples, seed=options.seed, out=options.out)
         print(comparison_table(found))
@@ -154,7 +154,7 @@ def _add_compare(commands) -> None:
 
 def _add_drop_views(commands) -> None:
     def run(options):
-        from .retrieval.view_dropping import drop_views, dropping_table
+        from .retrieval.evaluation.view_dropping import drop_views, dropping_table
 
         found = drop_views(
             options.model, options.data, options.images, out=options.out, keep=options.keep, save=options.save,
@@ -177,7 +177,7 @@ def _add_drop_views(commands) -> None:
 
 def _add_visualize(commands) -> None:
     def run(options):
-        from .retrieval.visualize import visualize
+        from .retrieval.pictures.visualize import visualize
 
         figures = visualize(
             options.model, options.data, options.images, options.out, split=options.split, device=options.device,
@@ -199,7 +199,7 @@ def _add_visualize(commands) -> None:
 
 def _add_diversity(commands) -> None:
     def run(options):
-        from .retrieval.diversity import diversity
+        from .retrieval.pictures.diversity import diversity
 
         report = diversity(
             options.model, options.data, options.images, options.out, split=options.split, device=options.device,

@@ -202,7 +202,7 @@ def write_csv(
 ) -> Path:
     """Writes the CSV that open_clip reads (tab separated, `filepath` and `title`) from data in Karpathy's format: one
     row for each caption, with absolute paths. Arguments as of `KarpathyDataset`; returns `out`."""
-    from .retrieval.datasets import KarpathyDataset
+    from .retrieval.data.datasets import KarpathyDataset
 
     dataset = KarpathyDataset(data, images, split, captions_per_image=captions_per_image)
     with atomic(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ import pytest
 
 from mvam_fast import create_model_and_transforms
 from mvam_fast.files import write_json
-from mvam_fast.retrieval.config import TrainConfig
+from mvam_fast.retrieval.training.config import TrainConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -9,10 +9,10 @@ import pytest
 
 from mvam_fast import cli
 from mvam_fast.retrieval import demo as demo_module
-from mvam_fast.retrieval import train as train_module
-from mvam_fast.retrieval.config import TrainConfig
 from mvam_fast.retrieval.demo import THRESHOLD, _flags, config_of, demo, verdict
 from mvam_fast.retrieval.scenes import make_scenes
+from mvam_fast.retrieval.training import train as train_module
+from mvam_fast.retrieval.training.config import TrainConfig
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mvam_fast.retrieval.config import TrainConfig, read_config
+from mvam_fast.retrieval.training.config import TrainConfig, read_config
 
 
 def written(tmp_path, text):

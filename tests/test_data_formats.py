@@ -10,9 +10,9 @@ from PIL import Image
 
 from mvam_fast.open_clip_training import write_csv
 from mvam_fast.retrieval import scenes
-from mvam_fast.retrieval.caption_tables import CaptionTable
-from mvam_fast.retrieval.datasets import KarpathyDataset, UnreadableImage, open_dataset
-from mvam_fast.retrieval.shards import ShardDataset, expand_braces, find_shards
+from mvam_fast.retrieval.data.caption_tables import CaptionTable
+from mvam_fast.retrieval.data.datasets import KarpathyDataset, UnreadableImage, open_dataset
+from mvam_fast.retrieval.data.shards import ShardDataset, expand_braces, find_shards
 
 UNICODE = 'Zürich, 東京 und "🚲"; a\ttab'
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mvam_fast.retrieval import scene_truth, scenes
-from mvam_fast.retrieval.datasets import ImageStore, KarpathyDataset, PairBatches, UnreadableImage
+from mvam_fast.retrieval.data.datasets import ImageStore, KarpathyDataset, PairBatches, UnreadableImage
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from PIL import Image
 pytest.importorskip("matplotlib")
 pytest.importorskip("open_clip")
 from mvam_fast import MVAM, cli, create_model_and_transforms  # noqa: E402
-from mvam_fast.retrieval.datasets import UnreadableImage, open_dataset  # noqa: E402
-from mvam_fast.retrieval.diversity import ViewStatistics, diversity  # noqa: E402
-from mvam_fast.retrieval.evaluate import load_model  # noqa: E402
-from mvam_fast.retrieval.measures import mean_to_others, view_cosine  # noqa: E402
+from mvam_fast.retrieval.data.datasets import UnreadableImage, open_dataset  # noqa: E402
+from mvam_fast.retrieval.evaluation.evaluate import load_model  # noqa: E402
+from mvam_fast.retrieval.pictures.diversity import ViewStatistics, diversity  # noqa: E402
+from mvam_fast.retrieval.pictures.measures import mean_to_others, view_cosine  # noqa: E402
 from mvam_fast.retrieval.scenes import make_scenes  # noqa: E402
 
 
@@ -26,7 +26,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture
 def unwritten(monkeypatch):
     """The numbers alone: no files, whose drawing takes most of the time."""
-    monkeypatch.setattr("mvam_fast.retrieval.diversity.write_report", lambda report, out: report)
+    monkeypatch.setattr("mvam_fast.retrieval.pictures.diversity.write_report", lambda report, out: report)
 
 
 def measured(*batches):
@@ -187,7 +187,8 @@ def test_a_tokenizer_that_names_nothing(scenes, checkpoint_of, tmp_path, monkeyp
     def bare(texts):
         return tokenizer(texts)
 
-    monkeypatch.setattr("mvam_fast.retrieval.diversity.load_model", lambda folder, device: (model, transform, bare))
+    name = "mvam_fast.retrieval.pictures.diversity.load_model"
+    monkeypatch.setattr(name, lambda folder, device: (model, transform, bare))
     report = diversity("folder", *scenes, tmp_path, progress=False)
     assert report["towers"]["text"]["views"][0]["share"] == {}
     assert "does not tell which tokens are special" in (tmp_path / "diversity.html").read_text()
@@ -197,7 +198,7 @@ def test_a_tower_without_grid_is_measured_too(scenes, tmp_path, monkeypatch, che
     model, transform, tokenizer = load_model(checkpoint_of("views"), "cpu")
     model.image_tower.grid, model.image_tower.prefix_tokens = None, 0
     monkeypatch.setattr(
-        "mvam_fast.retrieval.diversity.load_model", lambda folder, device: (model, transform, tokenizer)
+        "mvam_fast.retrieval.pictures.diversity.load_model", lambda folder, device: (model, transform, tokenizer)
     )
     report = diversity("folder", *scenes, tmp_path, progress=False)
     assert report["towers"]["image"]["tokens"] == 17 and report["towers"]["image"]["views"][0]["share"] == {}

@@ -14,7 +14,7 @@ from mvam_fast.export.bundle import write_manifest
 from PIL import Image
 
 from mvam_fast import Encoder
-from mvam_fast.retrieval.datasets import UnreadableImage
+from mvam_fast.retrieval.data.datasets import UnreadableImage
 from mvam_fast.serving import images, loading
 from mvam_fast.serving.buckets import BUCKETS, Padded, check_buckets, pieces
 from mvam_fast.serving.choice import Choice, choose

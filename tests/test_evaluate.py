@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from mvam_fast import cli, create_model_and_transforms, factory
 from mvam_fast.factory import needs_quick_gelu
-from mvam_fast.retrieval import evaluate as evaluate_module
-from mvam_fast.retrieval import protocols
-from mvam_fast.retrieval.datasets import ImageStore, KarpathyDataset, UnreadableImage
-from mvam_fast.retrieval.embedding import embed, embed_images, embed_texts
-from mvam_fast.retrieval.evaluate import embed_dataset, evaluate, load_model, recall_table, report_of
-from mvam_fast.retrieval.protocols import Protocol
-from mvam_fast.retrieval.provenance import code_sha256, sha256_of_file, sha256_of_value
-from mvam_fast.retrieval.published import published
+from mvam_fast.retrieval.data.datasets import ImageStore, KarpathyDataset, UnreadableImage
+from mvam_fast.retrieval.evaluation import evaluate as evaluate_module
+from mvam_fast.retrieval.evaluation import protocols
+from mvam_fast.retrieval.evaluation.embedding import embed, embed_images, embed_texts
+from mvam_fast.retrieval.evaluation.evaluate import embed_dataset, evaluate, load_model, recall_table, report_of
+from mvam_fast.retrieval.evaluation.protocols import Protocol
+from mvam_fast.retrieval.evaluation.provenance import code_sha256, sha256_of_file, sha256_of_value
+from mvam_fast.retrieval.evaluation.published import published
 from mvam_fast.retrieval.scenes import make_scenes
 
 

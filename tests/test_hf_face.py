@@ -25,8 +25,8 @@ from transformers import (
 
 from mvam_fast import MVAM, create_model_and_transforms, get_tokenizer, hf_files
 from mvam_fast.preprocess import eval_transform
-from mvam_fast.retrieval.datasets import KarpathyDataset
-from mvam_fast.retrieval.metrics import recall_metrics
+from mvam_fast.retrieval.data.datasets import KarpathyDataset
+from mvam_fast.retrieval.evaluation.metrics import recall_metrics
 from mvam_fast.retrieval.scenes import make_scenes
 
 NAME = "scenes-ViT-T-16"

@@ -7,9 +7,10 @@ import open_clip
 import pytest
 import torch
 
-from mvam_fast.retrieval import scenes, tokens
-from mvam_fast.retrieval.datasets import ImageStore, KarpathyDataset, PairBatches, UnreadableImage
-from mvam_fast.retrieval.loading import TrainBatches, count_truncated
+from mvam_fast.retrieval import scenes
+from mvam_fast.retrieval.data import tokens
+from mvam_fast.retrieval.data.datasets import ImageStore, KarpathyDataset, PairBatches, UnreadableImage
+from mvam_fast.retrieval.data.loading import TrainBatches, count_truncated
 
 PLAIN, RANDOM = (open_clip.image_transform(48, is_train=train) for train in (False, True))
 TOKENIZER = open_clip.SimpleTokenizer(context_length=24)

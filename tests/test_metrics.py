@@ -3,8 +3,14 @@ import brute_recall as brute
 import pytest
 import torch
 
-from mvam_fast.retrieval import metrics
-from mvam_fast.retrieval.metrics import metrics_of_ranks, query_blocks, recall_metrics, retrieval_ranks, top_k
+from mvam_fast.retrieval.evaluation import metrics
+from mvam_fast.retrieval.evaluation.metrics import (
+    metrics_of_ranks,
+    query_blocks,
+    recall_metrics,
+    retrieval_ranks,
+    top_k,
+)
 
 
 def tensors(scores, owner):

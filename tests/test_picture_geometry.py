@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 pytest.importorskip("open_clip")
 from mvam_fast import MVAM, create_model_and_transforms  # noqa: E402
 from mvam_fast.preprocess import eval_transform  # noqa: E402
-from mvam_fast.retrieval.geometry import patch_map, patch_size  # noqa: E402
+from mvam_fast.retrieval.pictures.geometry import patch_map, patch_size  # noqa: E402
 
 SIZES = {"landscape": (301, 200), "portrait": (150, 333), "strip": (600, 100), "small": (40, 31)}
 MODES = ("shortest", "squash", "longest")

@@ -4,7 +4,7 @@ import torch
 
 pytest.importorskip("open_clip")
 from mvam_fast import get_tokenizer  # noqa: E402
-from mvam_fast.retrieval.words import vocabulary_of, words_and_attention  # noqa: E402
+from mvam_fast.retrieval.pictures.words import vocabulary_of, words_and_attention  # noqa: E402
 
 
 @pytest.fixture(scope="module")

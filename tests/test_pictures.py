@@ -10,16 +10,16 @@ pytest.importorskip("matplotlib")
 open_clip = pytest.importorskip("open_clip")
 from mvam_fast import MVAM, cli, get_tokenizer  # noqa: E402
 from mvam_fast.preprocess import eval_transform  # noqa: E402
-from mvam_fast.retrieval.curves import curves_figure  # noqa: E402
-from mvam_fast.retrieval.evaluate import load_model  # noqa: E402
-from mvam_fast.retrieval.geometry import PatchMap  # noqa: E402
-from mvam_fast.retrieval.measures import entropy_share, ranked, view_cosine  # noqa: E402
-from mvam_fast.retrieval.patch_overlay import half_of_it, patch_overlay  # noqa: E402
-from mvam_fast.retrieval.retrieval_sheet import Found, Query, retrieval_sheet  # noqa: E402
+from mvam_fast.retrieval.evaluation.evaluate import load_model  # noqa: E402
+from mvam_fast.retrieval.pictures.curves import curves_figure  # noqa: E402
+from mvam_fast.retrieval.pictures.geometry import PatchMap  # noqa: E402
+from mvam_fast.retrieval.pictures.measures import entropy_share, ranked, view_cosine  # noqa: E402
+from mvam_fast.retrieval.pictures.patch_overlay import half_of_it, patch_overlay  # noqa: E402
+from mvam_fast.retrieval.pictures.retrieval_sheet import Found, Query, retrieval_sheet  # noqa: E402
+from mvam_fast.retrieval.pictures.visualize import visualize  # noqa: E402
+from mvam_fast.retrieval.pictures.word_grid import word_grid  # noqa: E402
+from mvam_fast.retrieval.pictures.words import WordAttention  # noqa: E402
 from mvam_fast.retrieval.scenes import make_scenes  # noqa: E402
-from mvam_fast.retrieval.visualize import visualize  # noqa: E402
-from mvam_fast.retrieval.word_grid import word_grid  # noqa: E402
-from mvam_fast.retrieval.words import WordAttention  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_the_numbers_in_the_pictures_are_the_models(scenes, checkpoint_of, tmp_p
 
 
 def test_images_can_be_chosen_by_id(scenes, checkpoint_of, tmp_path, texts_of):
-    from mvam_fast.retrieval.datasets import open_dataset
+    from mvam_fast.retrieval.data.datasets import open_dataset
 
     dataset = open_dataset(*scenes, "test")
     arguments = checkpoint_of("views"), *scenes, tmp_path
@@ -275,7 +275,7 @@ def test_images_can_be_chosen_by_id(scenes, checkpoint_of, tmp_path, texts_of):
 
 
 def test_the_rank_is_the_place_in_the_order_shown(scenes, checkpoint_of, tmp_path, monkeypatch):
-    from mvam_fast.retrieval import visualize as module
+    from mvam_fast.retrieval.pictures import visualize as module
 
     sheets = []
     monkeypatch.setattr(module, "retrieval_sheet", lambda queries, path: sheets.append(queries))
@@ -326,7 +326,7 @@ def test_a_tower_without_class_token(scenes, tmp_path, texts_of, monkeypatch):
     model = MVAM(transformers.SiglipModel(config), num_views=2).eval()
     transform = eval_transform({"size": 32, "resize_mode": "squash"})
     parts = model, transform, get_tokenizer("scenes-ViT-T-16")
-    monkeypatch.setattr("mvam_fast.retrieval.visualize.load_model", lambda folder, device: parts)
+    monkeypatch.setattr("mvam_fast.retrieval.pictures.visualize.load_model", lambda folder, device: parts)
     visualize("folder", *scenes, tmp_path, count=1, progress=False)
     assert any("patches: 4 × 4" in text for text in texts_of[2]) and not any("token" in text for text in texts_of[2])
     assert any(text.startswith("⟨padding ×") for text in texts_of[1])
@@ -344,7 +344,7 @@ def test_a_tower_without_grid(scenes, tmp_path):
 
 
 def test_the_command_passes_on_its_flags(monkeypatch, capsys):
-    from mvam_fast.retrieval import visualize as module
+    from mvam_fast.retrieval.pictures import visualize as module
 
     given = {}
 

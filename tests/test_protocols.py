@@ -3,7 +3,7 @@ import brute_recall as brute
 import pytest
 import torch
 
-from mvam_fast.retrieval.protocols import GROUPS, PROTOCOLS, Protocol, measure, protocols_of
+from mvam_fast.retrieval.evaluation.protocols import GROUPS, PROTOCOLS, Protocol, measure, protocols_of
 
 
 def tensors(scores, owner):

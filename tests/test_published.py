@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mvam_fast.files import read_json
-from mvam_fast.retrieval.published import FILE, PROTOCOLS, beside, markdown_table, published
+from mvam_fast.retrieval.evaluation.published import FILE, PROTOCOLS, beside, markdown_table, published
 
 PAGE = Path(__file__).parent.parent / "docs/evaluation.md"
 

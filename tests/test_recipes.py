@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mvam_fast.retrieval.config import TrainConfig, read_config
+from mvam_fast.retrieval.training.config import TrainConfig, read_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 IMAGES = {"coco": 113_287, "flickr30k": 29_000}

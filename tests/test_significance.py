@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from mvam_fast import cli
-from mvam_fast.retrieval import protocols, significance
-from mvam_fast.retrieval.evaluate import evaluate
-from mvam_fast.retrieval.protocols import Protocol
+from mvam_fast.retrieval.evaluation import protocols, significance
+from mvam_fast.retrieval.evaluation.evaluate import evaluate
+from mvam_fast.retrieval.evaluation.protocols import Protocol
+from mvam_fast.retrieval.evaluation.significance import Ranks, bootstrap, compare, comparison_table
 from mvam_fast.retrieval.scenes import make_scenes
-from mvam_fast.retrieval.significance import Ranks, bootstrap, compare, comparison_table
 
 
 def made_up(images, captions=5, folds=1, seed=0, easy=0.0):

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from mvam_fast import MVAM, cli
-from mvam_fast.retrieval import checkpoints
-from mvam_fast.retrieval.config import TrainConfig
-from mvam_fast.retrieval.datasets import UnreadableImage
-from mvam_fast.retrieval.evaluate import evaluate, recall_table
-from mvam_fast.retrieval.optimization import rate_at
+from mvam_fast.retrieval.data.datasets import UnreadableImage
+from mvam_fast.retrieval.evaluation.evaluate import evaluate, recall_table
 from mvam_fast.retrieval.scenes import make_scenes
-from mvam_fast.retrieval.train import train
+from mvam_fast.retrieval.training import checkpoints
+from mvam_fast.retrieval.training.config import TrainConfig
+from mvam_fast.retrieval.training.optimization import rate_at
+from mvam_fast.retrieval.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,8 @@ def test_a_kill_leaves_the_last_checkpoint_whole(data, tmp_path):
     tests/test_train_kit.py."""
     train(config(data, tmp_path / "whole", steps=30, save_every=1), progress=False)
     settings = config(data, tmp_path / "killed", steps=30, save_every=1, resume=True)
-    source = f"from mvam_fast.retrieval.train import *; train(TrainConfig(**{vars(settings)!r}), progress=False)"
+    module = "mvam_fast.retrieval.training.train"
+    source = f"from {module} import *; train(TrainConfig(**{vars(settings)!r}), progress=False)"
     kills = 0
     while not (tmp_path / "killed/result.json").exists():
         process = subprocess.Popen([sys.executable, "-c", source])

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 
 from mvam_fast import MVAM
 from mvam_fast.files import write_json
-from mvam_fast.retrieval import checkpoints
-from mvam_fast.retrieval import train as train_module
-from mvam_fast.retrieval.config import TrainConfig
-from mvam_fast.retrieval.metrics import recall_metrics
-from mvam_fast.retrieval.optimization import diversity_weight, make_optimizer
+from mvam_fast.retrieval.evaluation.metrics import recall_metrics
 from mvam_fast.retrieval.scenes import make_scenes
-from mvam_fast.retrieval.train import TrainingFailed, train
+from mvam_fast.retrieval.training import checkpoints
+from mvam_fast.retrieval.training import train as train_module
+from mvam_fast.retrieval.training.config import TrainConfig
+from mvam_fast.retrieval.training.optimization import diversity_weight, make_optimizer
+from mvam_fast.retrieval.training.train import TrainingFailed, train
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from mvam_fast import MVAM, cli, create_model_and_transforms
-from mvam_fast.retrieval import view_dropping
-from mvam_fast.retrieval.datasets import ImageStore, KarpathyDataset, open_dataset
-from mvam_fast.retrieval.evaluate import embed_dataset, evaluate, load_model
-from mvam_fast.retrieval.metrics import recall_metrics
-from mvam_fast.retrieval.scenes import make_scenes
-from mvam_fast.retrieval.view_dropping import (
+from mvam_fast.retrieval.data.datasets import ImageStore, KarpathyDataset, open_dataset
+from mvam_fast.retrieval.evaluation import view_dropping
+from mvam_fast.retrieval.evaluation.evaluate import embed_dataset, evaluate, load_model
+from mvam_fast.retrieval.evaluation.metrics import recall_metrics
+from mvam_fast.retrieval.evaluation.view_dropping import (
     drop_views,
     dropping_table,
     eliminate,
@@ -21,6 +20,7 @@ from mvam_fast.retrieval.view_dropping import (
     view_columns,
     without,
 )
+from mvam_fast.retrieval.scenes import make_scenes
 
 
 @pytest.fixture(scope="module")

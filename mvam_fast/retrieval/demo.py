@@ -18,15 +18,15 @@ from ..export.to_onnx import export_bundle
 from ..files import read_json
 from ..serving import Encoder
 from ..version import __version__
-from .config import TrainConfig
-from .curves import curves_figure
-from .datasets import KarpathyDataset
-from .diversity import diversity
-from .evaluate import evaluate, load_model, recall_table
+from .data.datasets import KarpathyDataset
+from .evaluation.evaluate import evaluate, load_model, recall_table
+from .pictures.curves import curves_figure
+from .pictures.diversity import diversity
+from .pictures.visualize import visualize
 from .report import build_report
 from .scene_truth import oracle_recall
 from .scenes import make_scenes
-from .visualize import visualize
+from .training.config import TrainConfig
 
 THRESHOLD = 50  # RSUM points that MVAM must gain over the baseline for its claim to count as shown
 

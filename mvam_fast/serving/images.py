@@ -7,7 +7,7 @@ import numpy as np
 
 from .._optional import require
 from ..preprocess import eval_transform
-from ..retrieval.datasets import UnreadableImage, read_image
+from ..retrieval.data.datasets import UnreadableImage, read_image
 
 
 class ImageRows:

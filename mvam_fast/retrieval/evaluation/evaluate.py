@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from .._optional import require
-from ..files import atomic, write_json
-from ..model import WEIGHTS
-from ..version import __version__
-from .datasets import ImageStore, open_dataset
+from ..._optional import require
+from ...files import atomic, write_json
+from ...model import WEIGHTS
+from ...version import __version__
+from ..data.datasets import ImageStore, open_dataset
 from .embedding import embed, embed_dataset
 from .models import load_model, pick_device
 from .protocols import Measured, measure, protocols_of

@@ -13,20 +13,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._optional import require
-from ..factory import create_model_and_transforms, get_tokenizer
-from ..files import read_json, write_json
-from ..loss import MVAMLoss
-from ..model import MVAM
+from ..._optional import require
+from ...factory import create_model_and_transforms, get_tokenizer
+from ...files import read_json, write_json
+from ...loss import MVAMLoss
+from ...model import MVAM
+from ..data.datasets import ImageStore, open_dataset
+from ..data.loading import Batch, TrainBatches
+from ..evaluation.evaluate import embed_dataset
+from ..evaluation.metrics import recall_metrics
 from . import checkpoints
 from .checkpoints import Progress
 from .config import FREE, TrainConfig
-from .datasets import ImageStore, open_dataset
-from .evaluate import embed_dataset
 from .gradients import StepGradients
-from .loading import Batch, TrainBatches
 from .log import MetricsLog
-from .metrics import recall_metrics
 from .optimization import averaged, diversity_weight, make_optimizer, rate_at
 
 COINCIDE = 0.99  # mean cosine of two views' attentions from which on they count as one

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from .. import hf_files
-from ..factory import create_model_and_transforms, get_tokenizer
-from ..model import MVAM
-from ..preprocess import eval_transform
+from ... import hf_files
+from ...factory import create_model_and_transforms, get_tokenizer
+from ...model import MVAM
+from ...preprocess import eval_transform
 
 
 def pick_device(device: str = "auto") -> torch.device:

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._optional import require
-from ..files import atomic, write_json
-from ..model import MVAM
-from ..version import __version__
-from .captioned import CaptionedImages
-from .datasets import ImageStore, open_dataset
+from ..._optional import require
+from ...files import atomic, write_json
+from ...model import MVAM
+from ...version import __version__
+from ..data.captioned import CaptionedImages
+from ..data.datasets import ImageStore, open_dataset
 from .embedding import Embedded, embed
 from .metrics import DIRECTIONS, SCORE_MEMORY, image_ranks, metrics_of_ranks, query_blocks, recall_metrics, text_ranks
 from .models import load_model

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..files import read_json
+from ...files import read_json
 
 FILE = Path(__file__).with_name("published.json")
 PROTOCOLS = ("flickr30k-1k", "coco-5k")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._optional import require
+from ..._optional import require
 
 # Up to so many captions are tokenised before training begins: at 77 ids of four bytes each, 308 MB are kept.
 TABLE_LIMIT = 1_000_000

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .._optional import require
-from ..files import read_json, write_json
+from ..._optional import require
+from ...files import read_json, write_json
 from .provenance import sha256_of_file
 
 KS = (1, 5, 10)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._optional import require
-from .image_store import ImageStore
-from .images import UnreadableImage
+from ..._optional import require
+from ..data.image_store import ImageStore
+from ..data.images import UnreadableImage
 
 
 class Embedded(NamedTuple):

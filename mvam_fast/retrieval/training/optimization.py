@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 
-from ..model import MVAM
+from ...model import MVAM
 from .config import TrainConfig
 
 

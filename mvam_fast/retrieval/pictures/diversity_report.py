@@ -4,9 +4,9 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from ..files import write_json, write_text
+from ...files import write_json, write_text
+from ..page import picture, table, whole_page
 from .drawing import BLUE, GREEN, GREY, ORANGE, new_figure, save
-from .page import picture, table, whole_page
 
 _COLOURS = (ORANGE, BLUE, GREEN, "#cc79a7", "#56b4e9", "#d55e00")
 

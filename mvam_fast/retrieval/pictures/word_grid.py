@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .._optional import require
+from ..._optional import require
 from .drawing import GREY, legible, missing_note, new_figure, save, text_width, wrapped
 from .measures import Ranked
 from .words import WordAttention

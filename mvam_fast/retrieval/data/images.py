@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-from .._optional import require
+from ..._optional import require
 
 
 class UnreadableImage(ValueError):

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._optional import require
-from ..version import __version__
-from .datasets import ImageStore, UnreadableImage, open_dataset
+from ..._optional import require
+from ...version import __version__
+from ..data.datasets import ImageStore, UnreadableImage, open_dataset
+from ..evaluation.models import load_model
 from .diversity_report import write_report
 from .measures import entropy_share, mean_to_others, view_cosine
-from .models import load_model
 from .patch_overlay import prefix_name
 from .words import vocabulary_of
 

@@ -24,7 +24,7 @@ def sha256_of_value(value) -> str:
 def code_sha256() -> str:
     """Of this package's sources, kernels included and exporters not: the version of a code that no git may be near.
     A checkout and what is installed of it have the same."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     kernels = Path(importlib.util.find_spec("mvam_fast.kernels").origin).parent
     sources = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
     sources |= {f"kernels/{path.relative_to(kernels).as_posix()}": path for path in kernels.rglob("*.py")}

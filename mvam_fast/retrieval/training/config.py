@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .._optional import require
-from ..functional import DIVERSITY_KINDS
-from ..loss import DIVERSITY_TOWERS
+from ..._optional import require
+from ...functional import DIVERSITY_KINDS
+from ...loss import DIVERSITY_TOWERS
 
 PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 SCHEDULES = ("constant", "rise", "fall")

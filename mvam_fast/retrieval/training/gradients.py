@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .loading import Batch
+from ..data.loading import Batch
 
 PER_SAMPLE = ("image_features", "text_features", "image_gram", "text_gram")  # of what MVAM returns
 

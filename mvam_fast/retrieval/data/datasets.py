@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from ..files import read_json
+from ...files import read_json
 from .batches import PairBatches
 from .caption_tables import CaptionTable
 from .captioned import CaptionedImages, check_limit, check_local, first_repeated, keep_captions

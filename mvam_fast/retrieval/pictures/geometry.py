@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
-from .._optional import require
+from ..._optional import require
 
 _RESIZES = ("Resize", "ResizeKeepRatio")
 _CROPS = ("CenterCrop", "CenterCropOrPad")

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .datasets import ImageStore, open_dataset
-from .embedding import embed_images, embed_texts
+from ..data.datasets import ImageStore, open_dataset
+from ..evaluation.embedding import embed_images, embed_texts
+from ..evaluation.metrics import top_k
+from ..evaluation.models import load_model
 from .geometry import patch_map, patch_size
 from .measures import ranked
-from .metrics import top_k
-from .models import load_model
 from .patch_overlay import check_grid, patch_overlay
 from .retrieval_sheet import Found, Query, retrieval_sheet
 from .word_grid import word_grid

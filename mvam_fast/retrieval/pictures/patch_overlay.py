@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from .._optional import require
+from ..._optional import require
 from .drawing import GREY, ORANGE, missing_note, new_figure, save, wrapped
 from .geometry import PatchMap
 from .measures import Ranked

@@ -4,8 +4,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .._optional import require
-from ..files import write_text
+from ..._optional import require
+from ...files import write_text
 
 
 class MetricsLog:

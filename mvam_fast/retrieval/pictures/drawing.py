@@ -5,8 +5,8 @@ import functools
 import textwrap
 from pathlib import Path
 
-from .._optional import require
-from ..files import atomic
+from ..._optional import require
+from ...files import atomic
 
 # Told apart by colour-blind readers, too.
 GREEN, ORANGE, BLUE, GREY = "#009e73", "#e69f00", "#0072b2", "#777777"

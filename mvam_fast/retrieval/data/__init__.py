@@ -1,0 +1,1 @@
+"""Image-caption data: formats, decoding, batches for training."""

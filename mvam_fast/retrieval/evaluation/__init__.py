@@ -1,0 +1,1 @@
+"""Retrieval evaluation by the field's protocols."""

@@ -1,0 +1,1 @@
+"""What views look at, what is retrieved, how much views differ."""
