@@ -116,7 +116,7 @@ def test_two_processes_go_on_with_what_one_began(data, tmp_path, launched):
 def test_parameters_that_no_loss_reaches_are_frozen(data):
     """SigLIP's own pooling, where only learned views are kept: several processes would wait for its gradient."""
     open_clip = pytest.importorskip("open_clip")
-    model = train_module.MVAM(open_clip.create_model("ViT-B-16-SigLIP", pretrained=None), 2)
+    model = MVAM(open_clip.create_model("ViT-B-16-SigLIP", pretrained=None), 2)
     store = type("Store", (), {
         "load": lambda self, indices: (torch.zeros(1, 3, 224, 224, dtype=torch.uint8), [0]),
         "normalize": lambda self, images: images.float(),
@@ -263,9 +263,9 @@ def test_a_gradient_that_is_no_number_is_not_used(data, tmp_path, monkeypatch):
 
     train_steps, logit_scale, real = [], [], train_module.rate_at
     monkeypatch.setattr(train_module, "rate_at", lambda config, step: (train_steps.append(step), real(config, step))[1])
-    made = train_module._make_model
+    made = train_module.make_model
     monkeypatch.setattr(
-        train_module, "_make_model", lambda config: (found := made(config), logit_scale.append(found[0].logit_scale))[0]
+        train_module, "make_model", lambda config: (found := made(config), logit_scale.append(found[0].logit_scale))[0]
     )
     monkeypatch.setattr(torch.Tensor, "backward", spoiled)
     message = "the gradient of step 3 is not finite .* last good checkpoint is .*-000001:"

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import math
 import shutil
 import sys
@@ -14,20 +13,20 @@ import torch
 from torch import Tensor
 
 from ..._optional import require
-from ...factory import create_model_and_transforms, get_tokenizer
+from ...factory import get_tokenizer
 from ...files import read_json, write_json
-from ...loss import MVAMLoss
-from ...model import MVAM
 from ..data.datasets import ImageStore, open_dataset
 from ..data.loading import Batch, TrainBatches
 from ..evaluation.evaluate import embed_dataset
 from ..evaluation.metrics import recall_metrics
 from . import checkpoints
+from .building import make_loss, make_model, validation_data
 from .checkpoints import Progress
 from .config import FREE, TrainConfig
 from .gradients import StepGradients
 from .log import MetricsLog
 from .optimization import averaged, diversity_weight, make_optimizer, rate_at
+from .processes import accelerator_of, check_agreement
 
 COINCIDE = 0.99  # mean cosine of two views' attentions from which on they count as one
 
@@ -49,9 +48,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> Path:
         OSError: a checkpoint could not be written; the one before is whole.
     """
     config.check()
-    with _accelerator(config) as accelerator:
+    with accelerator_of(config) as accelerator:
         finished = _is_finished(config, Path(config.out))
-        _check_agreement(accelerator, "whether it is finished", finished)
+        check_agreement(accelerator, "whether it is finished", finished)
         if not finished:
             _Training(config, accelerator, progress).run()
     return Path(config.out) / "model"
@@ -63,10 +62,10 @@ class _Training:
         main = accelerator.is_main_process
         self.bar_hidden = not (progress and main)
         torch.manual_seed(config.seed)
-        self.model, preprocess_train, preprocess_val = _make_model(config)
+        self.model, preprocess_train, preprocess_val = make_model(config)
         tokenizer = get_tokenizer(config.model)
         train_set = open_dataset(config.data, config.images, "train")
-        val_set = _validation_data(config)
+        val_set = validation_data(config)
         self.val_store = ImageStore(
             val_set, preprocess_val, cache=config.cache_images, strict=config.strict, workers=config.workers
         )
@@ -75,7 +74,7 @@ class _Training:
         if world > 1:
             self._freeze_what_is_not_reached()
         self.optimizer = make_optimizer(self.model, config)
-        self.loss_function = _make_loss(config, self.model, accelerator.process_index, world)
+        self.loss_function = make_loss(config, self.model, accelerator.process_index, world)
         self.average = None
         if config.ema:
             self.average = averaged(self.model, config.ema).to(accelerator.device)
@@ -88,7 +87,7 @@ class _Training:
                 checkpoint, self.model, self.optimizer, accelerator.scaler, self.average
             )
         self.start = self.progress.step
-        _check_agreement(accelerator, "the step of its last checkpoint", self.start)
+        check_agreement(accelerator, "the step of its last checkpoint", self.start)
         self.batches = TrainBatches(
             train_set, preprocess_train if config.augment else preprocess_val, tokenizer, config.batch_size,
             seed=config.seed, siblings=config.siblings, start_step=self.start, stop_step=config.steps,
@@ -309,79 +308,6 @@ class _Training:
             f"{what} of step {batch.step} is not finite ({report['loss']}); {which}; all are listed in {path}. The "
             f"last good checkpoint is {report['last_checkpoint'] or 'none yet'}: lower lr, or look at the data"
         )
-
-
-@contextlib.contextmanager
-def _accelerator(config: TrainConfig):
-    accelerate = require("accelerate", extra="train")
-    state = require("accelerate.state", extra="train")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but PyTorch sees no GPU; it must be cpu or auto here")
-    if device == "cpu" and config.precision == "amp_fp16":
-        raise ValueError("precision is 'amp_fp16', which needs a GPU; on a CPU it must be fp32 or amp_bf16")
-    alone = not state.PartialState._shared_state  # nobody else in this process uses accelerate
-    wait = accelerate.InitProcessGroupKwargs(timeout=datetime.timedelta(hours=3))  # for the evaluation of process 0
-    try:
-        yield accelerate.Accelerator(
-            cpu=device == "cpu", kwargs_handlers=[wait],
-            mixed_precision={"fp32": "no", "amp_bf16": "bf16", "amp_fp16": "fp16"}[config.precision],
-        )  # fmt: skip
-    finally:
-        if alone:  # its settings are global, and the next training may need others
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
-            state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def _validation_data(config: TrainConfig):
-    if config.val_data is None:
-        if Path(config.data).suffix.lower() != ".json":
-            raise ValueError(f"val_data is not given, and data {config.data} has no splits; it must be given")
-        return open_dataset(config.data, config.images, config.val_split)
-    if config.val_images is None and Path(config.val_data).suffix.lower() == ".json":
-        raise ValueError(f"val_images is not given, but val_data {config.val_data} needs the folder of its images")
-    return open_dataset(config.val_data, config.val_images, config.val_split)
-
-
-def _make_loss(config: TrainConfig, model: MVAM, rank: int, world: int) -> MVAMLoss:
-    kind = config.loss
-    if kind == "auto":
-        kind = "clip" if model.logit_bias is None else "siglip"
-    if kind == "siglip" and model.logit_bias is None:
-        raise ValueError(f"loss is 'siglip', but the model {config.model} has no bias for it; it must be clip or auto")
-    shared = {"rank": rank, "world_size": world}
-    sigmoid = require("open_clip.loss", extra="train").SigLipLoss(**shared) if kind == "siglip" else None
-    return MVAMLoss(
-        config.diversity_weight, config.diversity_kind, towers=config.diversity_towers, contrastive=sigmoid, **shared
-    )
-
-
-def _check_agreement(accelerator, what: str, value) -> None:
-    """Every process looks at OUT itself; where they see different folders, they would train apart or wait forever."""
-    if accelerator.num_processes > 1:
-        found = require("accelerate.utils", extra="train").gather_object([value])
-        if len(set(found)) > 1:
-            raise ValueError(
-                f"out: the processes disagree on {what}: {found}; it must be one folder that all of them see"
-            )
-
-
-def _make_model(config: TrainConfig):
-    architecture = {} if config.embed_dim is None else {"embed_dim": config.embed_dim}
-    model, preprocess_train, preprocess_val = create_model_and_transforms(
-        config.model, config.pretrained, config.views, global_view=config.global_view, scoring=config.scoring,
-        code_std=config.code_std, projection=config.projection, view_dim=config.view_dim, max_width=config.max_width,
-        backend=config.backend, **architecture,
-    )  # fmt: skip
-    for pool in (model.image_pool, model.text_pool):
-        if pool is not None:
-            pool.codes.requires_grad_(config.train_codes)
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing()
-    return model.train(), preprocess_train, preprocess_val
 
 
 def _is_finished(config: TrainConfig, out: Path) -> bool:
