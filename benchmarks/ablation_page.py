@@ -46,16 +46,19 @@ class Measured:
         return None if any(value is None for values in found for value in values) else [mean(v) for v in found]
 
 
-def measured(group: Group, rows: list[dict]) -> list[Measured] | None:
-    """Of every cell; None while a training is missing."""
+def measured(group: Group, rows: list[dict]) -> tuple[list[Measured], list[str]]:
+    """The cells that have all their seeds, in order, and the labels of the others. No cell without the reference."""
     by_key = {(folder_name(row["settings"]), row["data"], row["seed"]): row for row in rows}
-    found = []
+    found, missing = [], []
     for cell in group.cells:
         own = [by_key.get((folder_name(cell.settings), cell.data, seed)) for seed in group.seeds]
         if None in own:
-            return None
-        found.append(Measured(cell, own))
-    return found
+            missing.append(cell.label)
+        else:
+            found.append(Measured(cell, own))
+    if group.reference in missing or len(found) < 2:
+        return [], [cell.label for cell in group.cells]
+    return found, missing
 
 
 def multiply_adds(settings: dict) -> float:
@@ -127,40 +130,41 @@ def section(result: dict) -> str:
     ]
     recall = tuning_recall(result["rows"])
 
-    def shown(name: str, rate: float) -> str:
+    def cell(name: str, rate: float) -> str:
         return f"**{recall[name, rate]:.1f}**" if rate == rates[name] else f"{recall[name, rate]:.1f}"
 
-    tuned = [[name, *(shown(name, rate) for rate in RATES)] for name in POOLINGS]
+    tuned = [[name, *(cell(name, rate) for rate in RATES)] for name in POOLINGS]
     parts.append("### Learning rates\n\nRSUM on the validation split, seed 0; the best one (bold) is used below.\n\n"
                  + markdown(["", *(f"{rate:g}" for rate in RATES)], tuned)
                  + "\n![RSUM by learning rate](../benchmarks/results/ablation/rates.png)")  # fmt: skip
     for name, group in groups(rates).items():
-        cells = measured(group, result["rows"])
-        if cells is None:
-            parts.append(f"### {group.title}\n\nNot complete: run `make ablation`.")
-            continue
-        picture = f"\n![{group.title}](../benchmarks/results/ablation/{name}.png)"
-        parts.append(f"### {group.title}\n\n{table(group, cells)}{picture}")
+        cells, missing = measured(group, result["rows"])
+        text = f"### {group.title}\n\n"
+        if cells:
+            text += f"{table(group, cells)}\n![{group.title}](../benchmarks/results/ablation/{name}.png)\n"
+        if missing:
+            command = f"make ablation ARGS='--groups {name}'"
+            text += f"\nNot yet trained with all seeds (`{command}`): {', '.join(missing)}.\n"
+        parts.append(text.rstrip())
     return "\n\n".join(parts)
 
 
-def complete(result: dict) -> dict[str, list[Measured]]:
-    """The groups of which every training was done, by name."""
-    chosen = groups(rates_of(result["rows"]))
-    found = {name: measured(group, result["rows"]) for name, group in chosen.items()}
-    return {name: cells for name, cells in found.items() if cells is not None}
+def shown(result: dict) -> dict[str, list[Measured]]:
+    """The cells of every group of which there is something to show, by the group's name."""
+    found = {name: measured(group, result["rows"])[0] for name, group in groups(rates_of(result["rows"])).items()}
+    return {name: cells for name, cells in found.items() if cells}
 
 
 def pictures(result: dict) -> list[str]:
     """The names of the plots that the page shows."""
-    return [*(f"{name}.png" for name in complete(result)), "rates.png"]
+    return [*(f"{name}.png" for name in shown(result)), "rates.png"]
 
 
 def build(path: Path, page: Path = PAGE) -> list[Path]:
     """Writes the plots beside the JSON and the measured part of the page; the paths of all."""
     result = read_json(path, "json")
     chosen = groups(rates_of(result["rows"]))
-    for name, cells in complete(result).items():
+    for name, cells in shown(result).items():
         group, target = chosen[name], path.with_name(f"{name}.png")
         if name in ("budget", "views"):
             plot_views(group.title, cells, target)

@@ -42,7 +42,7 @@ def plot_views(title: str, cells: list, path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(views, [f"{one.cell.label}" for one in cells], rotation=20, fontsize=8)
     axis.minorticks_off()
-    axis.set_ylim(0)
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])  # no dot on the edge
     axis.set_ylabel("RSUM, test split")
     axis.grid(axis="y", alpha=0.3)
     _finish(figure, axis, title, path)
@@ -57,7 +57,7 @@ def plot_diversity(title: str, cells: list, reference: str, path: Path) -> None:
             overlap = [row["views"][tower]["mean_cosine"] for row in one.rows]
             axis.plot(overlap, one.test("rsum"), "o", color=color, markersize=6, label=one.cell.label)
         axis.set_xlim(0, 1)
-        axis.set_ylim(0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])  # no dot on the edge
         axis.set_xlabel(f"overlap of the {tower} views")
         axis.grid(alpha=0.3)
         if place == 1:
@@ -80,7 +80,7 @@ def plot_rates(result: dict, path: Path) -> None:
     axis.set_xscale("log")
     axis.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
     axis.minorticks_off()
-    axis.set_ylim(0)
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])  # no dot on the edge
     axis.set_xlabel("learning rate")
     axis.set_ylabel("RSUM, validation")
     axis.grid(alpha=0.3)

@@ -4,6 +4,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -120,17 +121,23 @@ def test_the_page_is_built_from_all_groups(page, cells, result, tmp_path):
     assert {path.name for path in written} == {"page.md", "rates.png", *(f"{name}.png" for name in groups)}
     assert all(path.stat().st_size > 1000 for path in written)
     text = (tmp_path / "page.md").read_text()
-    assert text.startswith("text\n") and text.endswith("\nmore\n") and "Not complete" not in text
+    assert text.startswith("text\n") and text.endswith("\nmore\n") and "Not yet trained" not in text
     for group in groups.values():
         assert f"### {group.title}" in text and all(f"| {cell.label} |" in text for cell in group.cells)
 
 
-def test_a_group_that_lacks_a_training_is_not_shown(page, cells, result, tmp_path):
-    missing = cells.groups(cells.rates_of(result["rows"]))["views"].cells[-1]
-    result["rows"] = [row for row in result["rows"] if row["settings"] != missing.settings or row["seed"] != 2]
-    text = page.section(result)
-    assert text.count("Not complete: run `make ablation`.") == 1
-    assert missing.label not in text.split("Not complete")[1].split("###")[0]
+def test_cells_that_lack_a_seed_are_named_and_not_shown(page, cells, result):
+    def without(cell):
+        rows = [row for row in result["rows"] if row["settings"] != cell.settings or row["seed"] != 2]
+        return {**result, "rows": rows}
+
+    group = cells.groups(cells.rates_of(result["rows"]))["views"]
+    text = page.section(without(group.cells[-1])).split(f"### {group.title}")[1].split("###")[0]
+    assert text.rstrip().endswith("--groups views'`): 32, 1024.") and "| 32, 1024 |" not in text
+    assert "| 16, 512 |" in text and "views.png" in text
+    reference = next(cell for cell in group.cells if cell.label == group.reference)
+    text = page.section(without(reference)).split(f"### {group.title}")[1].split("###")[0]
+    assert "|" not in text and "views.png" not in text and all(cell.label in text for cell in group.cells)
 
 
 def test_rows_of_another_recipe_are_refused(ablation, result, tmp_path):
@@ -150,3 +157,11 @@ def test_the_committed_page_says_what_the_committed_rows_say(ablation, page):
     assert inserts.between(page.PAGE) == page.section(committed).strip("\n")
     for name in page.pictures(committed):
         assert ablation.RESULT.with_name(name).is_file()
+
+
+def test_the_readme_says_what_the_committed_rows_say(ablation, page):
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    shown = page.shown(json.loads(ablation.RESULT.read_text()))
+    for cell in [*shown["pooling"], *shown["longer"]]:
+        rsum = cell.test("rsum")
+        assert f"{mean(rsum):.1f} ({min(rsum):.1f} to {max(rsum):.1f})" in readme, cell.cell.label
