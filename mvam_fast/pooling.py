@@ -14,7 +14,8 @@ class MultiViewPool(nn.Module):
     """Pools tokens [B,N,D] into M views [B,M,D] by M learned view codes.
 
     Scoring of token x by code c (the paper's public text does not state its own; these are this project's):
-        "dot"        c·x / sqrt(D). The default: the best of these on this project's retrieval study.
+        "dot"        c·x / sqrt(D). The default: the others were not better than it beyond the spread of seeds
+                     (docs/results.md), and it costs the least.
         "projected"  c·(W x) / sqrt(Dk), with the key projection W folded into the codes: C W costs M rows, not N.
         "additive"   c·tanh(W x + b) / sqrt(Dk), the structured self-attention of arXiv 1703.03130.
 
