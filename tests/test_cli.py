@@ -9,10 +9,10 @@ import pytest
 
 from mvam_fast import cli
 from mvam_fast.retrieval import demo as demo_module
-from mvam_fast.retrieval.demo import THRESHOLD, _flags, config_of, demo, verdict
+from mvam_fast.retrieval.demo import THRESHOLD, config_of, demo, verdict
 from mvam_fast.retrieval.scenes import make_scenes
 from mvam_fast.retrieval.training import train as train_module
-from mvam_fast.retrieval.training.config import TrainConfig
+from mvam_fast.retrieval.training.config import TrainConfig, flags_of
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_every_field_has_a_flag_and_its_default(parsed):
 @pytest.mark.parametrize("run", list(demo_module.RUNS))
 def test_the_demos_flags_give_back_its_config(run, parsed, tmp_path):
     config = config_of(run, tmp_path / "d.json", tmp_path / "o", steps=7, seed=3)
-    assert cli.main(["train", *_flags(config)]) == 0
+    assert cli.main(["train", *flags_of(config)]) == 0
     assert parsed == [config]
 
 

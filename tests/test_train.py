@@ -8,13 +8,13 @@ import time
 
 import pytest
 import torch
+from train_cases import config, rows
 
 from mvam_fast import MVAM, cli
 from mvam_fast.retrieval.data.datasets import UnreadableImage
 from mvam_fast.retrieval.evaluation.evaluate import evaluate, recall_table
 from mvam_fast.retrieval.scenes import make_scenes
 from mvam_fast.retrieval.training import checkpoints
-from mvam_fast.retrieval.training.config import TrainConfig
 from mvam_fast.retrieval.training.optimization import rate_at
 from mvam_fast.retrieval.training.train import train
 
@@ -22,21 +22,6 @@ from mvam_fast.retrieval.training.train import train
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_scenes(tmp_path_factory.mktemp("scenes"), train=64, val=16, test=16, progress=False)
-
-
-def config(data, out, **changes):
-    values = {
-        "data": str(data), "images": str(data.parent / "images"), "out": str(out), "model": "scenes-ViT-T-16",
-        "views": 2, "batch_size": 16, "steps": 6, "lr": 1e-3, "warmup": 2, "siblings": 2, "log_every": 1,
-        "save_every": 2, "device": "cpu",
-    }  # fmt: skip
-    return TrainConfig(**{**values, **changes})
-
-
-def rows(out):
-    """The log without what depends on the clock."""
-    parsed = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in parsed]
 
 
 def test_it_learns_and_leaves_a_model_and_a_log(data, tmp_path):

@@ -12,7 +12,8 @@ import time
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from train_cases import config as case
+from train_cases import rows, weights
 
 from mvam_fast import MVAM
 from mvam_fast.files import write_json
@@ -20,7 +21,7 @@ from mvam_fast.retrieval.evaluation.metrics import recall_metrics
 from mvam_fast.retrieval.scenes import make_scenes
 from mvam_fast.retrieval.training import checkpoints
 from mvam_fast.retrieval.training import train as train_module
-from mvam_fast.retrieval.training.config import TrainConfig
+from mvam_fast.retrieval.training.config import TrainConfig, flags_of
 from mvam_fast.retrieval.training.optimization import diversity_weight, make_optimizer
 from mvam_fast.retrieval.training.train import TrainingFailed, train
 
@@ -31,32 +32,7 @@ def data(tmp_path_factory):
 
 
 def config(data, out, **changes):
-    values = {
-        "data": str(data), "images": str(data.parent / "images"), "out": str(out), "model": "scenes-ViT-T-16",
-        "views": 2, "batch_size": 16, "steps": 6, "lr": 1e-3, "warmup": 2, "siblings": 2, "log_every": 1,
-        "save_every": 100, "device": "cpu", "tensorboard": False, "diversity_weight": 0.1,
-    }  # fmt: skip
-    return TrainConfig(**{**values, **changes})
-
-
-def rows(out):
-    """The log without what depends on the clock."""
-    parsed = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in parsed]
-
-
-def weights(out):
-    return load_file(out / "model/model.safetensors")
-
-
-def flags(settings):
-    """Of those that a test changed."""
-    found = []
-    for name, value in vars(settings).items():
-        if value != getattr(TrainConfig, name):
-            flag = name.replace("_", "-")
-            found += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return found
+    return case(data, out, **{"save_every": 100, "tensorboard": False, "diversity_weight": 0.1, **changes})
 
 
 def assert_same_run(out, expected, rtol):
@@ -79,7 +55,7 @@ def launched():
     def launch(settings):
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mvam_fast.cli"]
         done = subprocess.run(
-            [sys.executable, *command, "train", *flags(settings)], capture_output=True, text=True, timeout=300,
+            [sys.executable, *command, "train", *flags_of(settings)], capture_output=True, text=True, timeout=300,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -395,7 +371,7 @@ def test_ten_kills_at_random_steps(data, tmp_path):
     expected, seconds = rows(tmp_path / "whole"), random.Random(0)
     for number in range(10):
         out = tmp_path / f"killed-{number}"
-        command = [sys.executable, "-m", "mvam_fast.cli", "train", *flags(config(data, out, resume=True, **changes))]
+        command = [sys.executable, "-m", "mvam_fast.cli", "train", *flags_of(config(data, out, resume=True, **changes))]
         step = seconds.randrange(1, 40)
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while process.poll() is None and last_step(out) < step:

@@ -1,7 +1,6 @@
 """The whole job on data that it makes itself: train, compare, draw, export, report."""
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
@@ -26,7 +25,7 @@ from .pictures.visualize import visualize
 from .report import build_report
 from .scene_truth import oracle_recall
 from .scenes import make_scenes
-from .training.config import TrainConfig
+from .training.config import TrainConfig, flags_of
 
 THRESHOLD = 50  # RSUM points that MVAM must gain over the baseline for its claim to count as shown
 
@@ -55,22 +54,12 @@ def train_pair(data: Path, out: Path, *, steps: int, seed: int) -> None:
     processes = {}
     for line, name in enumerate(RUNS):  # each bar has a line of its own
         config = config_of(name, data, out / name, steps=steps, seed=seed)
-        command = [sys.executable, "-m", "mvam_fast.cli", "train", *_flags(config)]
+        command = [sys.executable, "-m", "mvam_fast.cli", "train", *flags_of(config)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_POSITION": str(line)}
         processes[name] = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     failed = [name for name, process in processes.items() if process.wait()]
     if failed:
         raise RuntimeError(f"the training of {', '.join(failed)} failed; its message is above")
-
-
-def _flags(config: TrainConfig) -> list[str]:
-    flags = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            name = field.name.replace("_", "-")
-            flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return flags
 
 
 def demo(

@@ -50,7 +50,7 @@ def embed_images(
     """`embed` of the images alone: features [I,F], and which of the data set's images they are."""
     count, images, readable = len(store.dataset), None, []
     with _ready(model) as device:
-        for part in _parts(count, batch_size, "images", progress):
+        for part in batched(count, batch_size, "images", progress):
             try:
                 batch, kept = store.load(part)
             except UnreadableImage:
@@ -77,7 +77,7 @@ def embed_texts(
         first_row.setdefault(caption, row)
     rows, texts = list(first_row.values()), None
     with _ready(model) as device:
-        for part in _parts(len(rows), batch_size, "captions", progress):
+        for part in batched(len(rows), batch_size, "captions", progress):
             chosen = rows[part.start : part.stop]
             token_ids = tokenizer([captions[row] for row in chosen])
             features = F.normalize(model.encode_text(token_ids.to(device)).float(), dim=-1)
@@ -101,7 +101,8 @@ def _ready(model: nn.Module) -> Iterator[torch.device]:
         model.train(was_training)
 
 
-def _parts(count: int, size: int, what: str, progress: bool) -> Iterator[range]:
+def batched(count: int, size: int, what: str, progress: bool) -> Iterator[range]:
+    """0 to `count` in ranges of at most `size`, with a progress bar that says `what` they are."""
     if size < 1:
         raise ValueError(f"batch_size is {size}; it must be at least 1")
     tqdm = require("tqdm", extra="train").tqdm

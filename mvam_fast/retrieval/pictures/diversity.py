@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..._optional import require
 from ...version import __version__
 from ..data.datasets import ImageStore, UnreadableImage, open_dataset
+from ..evaluation.embedding import batched
 from ..evaluation.models import load_model
 from .diversity_report import write_report
 from .measures import entropy_share, mean_to_others, view_cosine
@@ -168,7 +168,7 @@ def _measured(batches: Iterable[tuple[Tensor, dict]], views: int, gates: Tensor 
 @torch.no_grad()
 def _image_attention(model, store: ImageStore, batch_size: int, progress: bool) -> Iterator[tuple[Tensor, dict]]:
     device, prefix = next(model.parameters()).device, model.image_tower.prefix_tokens
-    for part in _parts(len(store.dataset), batch_size, "images", progress):
+    for part in batched(len(store.dataset), batch_size, "images", progress):
         try:
             pixels, _ = store.load(part)
         except UnreadableImage:
@@ -184,15 +184,9 @@ def _image_attention(model, store: ImageStore, batch_size: int, progress: bool) 
 def _text_attention(model, tokenizer, dataset, batch_size: int, progress: bool) -> Iterator[tuple[Tensor, dict]]:
     device, vocabulary = next(model.parameters()).device, vocabulary_of(tokenizer)
     captions = [caption for found in dataset.captions for caption in found]
-    for part in _parts(len(captions), batch_size, "captions", progress):
+    for part in batched(len(captions), batch_size, "captions", progress):
         token_ids = tokenizer([captions[number] for number in part])
         kinds = [] if vocabulary is None else [vocabulary.kinds(ids) for ids in token_ids.tolist()]
         names = sorted({kind for row in kinds for kind in row if kind is not None}, reverse=True)  # start, ..., end
         special = {name: torch.tensor([[kind == name for kind in row] for row in kinds]) for name in names}
         yield model.text_attention(token_ids.to(device)), special
-
-
-def _parts(count: int, size: int, what: str, progress: bool) -> Iterator[range]:
-    tqdm = require("tqdm", extra="train").tqdm
-    for start in tqdm(range(0, count, size), desc=what, disable=not progress, leave=False):
-        yield range(start, min(start + size, count))

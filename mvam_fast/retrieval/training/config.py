@@ -144,6 +144,17 @@ def read_config(path: str | Path | None, overrides: dict) -> TrainConfig:
     return TrainConfig(**{**given, **overrides})
 
 
+def flags_of(config: TrainConfig) -> list[str]:
+    """The command line's flags that give this very config."""
+    flags = []
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        if value != option.default:
+            name = option.name.replace("_", "-")
+            flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return flags
+
+
 def value_type(option: dataclasses.Field) -> type:
     """What a field holds when it is not None."""
     return option.metadata.get("kind") or (str if option.default is None else type(option.default))

@@ -34,9 +34,9 @@ class StepGradients:
         self.accelerator, self.model, self.loss_function = accelerator, model, loss_function
         self.parts, self.accumulation, self.seed = parts, accumulation, seed
 
-    def __call__(self, batch: Batch, normalize) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-        """(weighted terms of the loss, features and Gram matrices of all parts), detached. The terms may not be finite;
-        then no gradient was added and the step must not be taken."""
+    def __call__(self, batch: Batch, normalize) -> tuple[dict[str, Tensor], dict[str, Tensor | None], bool]:
+        """(weighted terms of the loss, features and Gram matrices of all parts, whether the loss is finite in every
+        process), detached. If it is not, the step must not be taken."""
         device = self.accelerator.device
         size = len(batch.images) // self.parts
         inputs = [
@@ -45,27 +45,29 @@ class StepGradients:
         ]
         if self.parts > 1 and self.accumulation == "cached":
             return self._cached(batch.step, inputs)
-        found = []
+        found, finite = [], True
         for part, pair in enumerate(inputs):
             last = part == len(inputs) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 output = self._forward(batch.step, part, pair)
                 terms = self.loss_function(**output, output_dict=True)
                 loss = sum(terms.values()) / len(inputs)
-                if self.all_finite(loss):
+                finite = self.all_finite(loss) and finite
+                if finite:
                     self.accelerator.backward(loss)
             found.append((_detached(terms), _detached(output)))
         terms = {name: sum(terms[name] for terms, _ in found) / len(found) for name in found[0][0]}
-        return terms, _joined([output for _, output in found])
+        return terms, _joined([output for _, output in found]), finite
 
-    def _cached(self, step: int, inputs: list) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    def _cached(self, step: int, inputs: list) -> tuple[dict[str, Tensor], dict[str, Tensor | None], bool]:
         with torch.no_grad():
             joined = _joined([self._forward(step, part, pair) for part, pair in enumerate(inputs)])
         # The temperature too comes from the model, whose wrapper for several processes has to see all gradients.
         leaves = {name: value.detach().requires_grad_() for name, value in joined.items() if value is not None}
         terms = self.loss_function(**{**joined, **leaves}, output_dict=True)
         loss = sum(terms.values())
-        if self.all_finite(loss):
+        finite = self.all_finite(loss)
+        if finite:
             self.accelerator.backward(loss)
             start = 0
             for part, pair in enumerate(inputs):
@@ -79,7 +81,7 @@ class StepGradients:
                     }  # fmt: skip
                     torch.autograd.backward([output[name] for name in pieces], list(pieces.values()))
                     start += size
-        return _detached(terms), _detached(joined)
+        return _detached(terms), _detached(joined), finite
 
     def _forward(self, step: int, part: int, pair) -> dict[str, Tensor | None]:
         drawn = np.random.SeedSequence((self.seed, 3, step, self.accelerator.process_index, part))

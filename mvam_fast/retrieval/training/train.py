@@ -15,6 +15,7 @@ from torch import Tensor
 from ..._optional import require
 from ...factory import get_tokenizer
 from ...files import read_json, write_json
+from ...model import MVAM
 from ..data.datasets import ImageStore, open_dataset
 from ..data.loading import Batch, TrainBatches
 from ..evaluation.evaluate import embed_dataset
@@ -154,9 +155,8 @@ class _Training:
             group["lr"] = rate * group["peak"]
         self.loss_function.diversity_weight = diversity_weight(config, step)
         self.prepared_optimizer.zero_grad()
-        terms, output = self.gradients(batch, self.batches.normalize)
-        loss = sum(terms.values())
-        if not self.gradients.all_finite(loss):
+        terms, output, finite = self.gradients(batch, self.batches.normalize)
+        if not finite:
             self._fail(batch, terms, output, "the loss")
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.grad_clip or math.inf)
         # The scaler of float16 skips such a step by itself, and tries the next one with a smaller scale.
@@ -211,8 +211,7 @@ class _Training:
             return False
         found = [None]
         if self.accelerator.is_main_process:
-            model = self.model if self.average is None else self.average.module
-            features = embed_dataset(model, self.val_store, self.tokenizer, progress=False)
+            features = embed_dataset(self._kept_model(), self.val_store, self.tokenizer, progress=False)
             found = [recall_metrics(*(feature.to(self.accelerator.device) for feature in features))]
             self.log.write({"step": step, "split": "val", **found[0]})
         if self.accelerator.num_processes > 1:
@@ -229,10 +228,14 @@ class _Training:
             state.worse += 1
         return state.worse >= config.early_stopping
 
+    def _kept_model(self) -> MVAM:
+        """What is evaluated and kept: the average of the weights, if the run has one."""
+        return self.model if self.average is None else self.average.module
+
     def _save_model(self, folder: Path) -> None:
         kept = checkpoints.newest(self.out / "checkpoints")
         with checkpoints.written_whole(folder, f"the last checkpoint is {kept or 'none yet'}; the model") as temporary:
-            (self.model if self.average is None else self.average.module).save_pretrained(temporary)
+            self._kept_model().save_pretrained(temporary)
 
     def _save_checkpoint(self) -> None:
         self._gather_unreadable()
