@@ -27,7 +27,8 @@ from .factory import create_model_and_transforms
 from .files import atomic
 from .functional import DIVERSITY_KINDS
 from .loss import MVAMLoss
-from .model import MVAM, MVAM_CONFIG, WEIGHTS
+from .model import MVAM
+from .model_folder import MVAM_CONFIG, WEIGHTS
 from .pooling import SCORINGS
 
 
