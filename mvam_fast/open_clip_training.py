@@ -41,7 +41,7 @@ class Settings:
     scoring: str = "dot"
     key_dim: int | None = None
     backend: str = "auto"
-    diversity_weight: float = 0.01
+    diversity_weight: float = 0.0
     diversity_kind: str = "frobenius"
 
 
