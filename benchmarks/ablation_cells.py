@@ -101,10 +101,11 @@ def groups(rates: dict[str, float]) -> dict[str, Group]:
             mvam("1, 32 numbers", views=1), mvam("2, 64", views=2), mvam("4, 128", views=4), mvam("8, 256"),
             mvam("16, 512", views=16), mvam("32, 1024", views=32),
         ], "8, 256"),
-        "projection": Group("What follows the encoder's projection to 96", [
-            mvam("one for all views, to 32", embed_dim=96, projection="shared", view_dim=32),
-            mvam("one for each view, to 32", embed_dim=96, projection="per_view", view_dim=32),
-        ], "one for all views, to 32"),
+        "projection": Group("How 8 views come to 32 numbers each", [
+            mvam("the encoder's own"),
+            mvam("its own to 96, then one for all views", embed_dim=96, projection="shared", view_dim=32),
+            mvam("its own to 96, then one for each", embed_dim=96, projection="per_view", view_dim=32),
+        ], "the encoder's own"),
         "diversity-many-views": Group("The diversity loss, 16 views of 32", [
             mvam("none", views=16), diverse("frobenius", 0.01, views=16), diverse("cosine", 0.01, views=16),
         ], "none"),

@@ -22,8 +22,8 @@ def plot_groups(title: str, cells: list, oracle: float, path: Path) -> None:
         axis.plot(values, [line] * len(values), "o", color=BLUE, markersize=6)
         axis.annotate(f"{mean(values):.0f}", (max(values), line), xytext=(9, -4), textcoords="offset points")
     axis.axvline(oracle, color="black", linestyle=":", linewidth=1)
-    axis.annotate("perfect reader", (oracle, len(cells) - 0.55), xytext=(-4, 0), textcoords="offset points",
-                  ha="right", fontsize=8)  # fmt: skip
+    axis.annotate("perfect reader", (oracle, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+                  textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
     axis.set_yticks(range(len(cells)), [one.cell.label for one in cells])
     axis.invert_yaxis()
     axis.set_xlim(0, max(oracle, *(max(one.test("rsum")) for one in cells)) * 1.06)

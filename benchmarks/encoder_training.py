@@ -38,7 +38,7 @@ class Training:
         model = self.compared.trained[FUSED]
         self.parameters = list(model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
-        self.loss_function = mvam_fast.MVAMLoss()
+        self.loss_function = mvam_fast.MVAMLoss(0.01)
 
     def loss(self, name: str, precision: str) -> Tensor:
         model = self.compared.trained[name].train()

@@ -29,7 +29,7 @@ from export_tables import exports_table  # noqa: E402
 from machine import machine  # noqa: E402
 from mvam_fast.export.bundle import sha256  # noqa: E402
 
-from mvam_fast.model import MVAM_CONFIG, WEIGHTS  # noqa: E402
+from mvam_fast.model_folder import MVAM_CONFIG, WEIGHTS  # noqa: E402
 
 NONE = "none"
 QUICK_FORMS = ("fp32 plain", "fp16 node", "int8")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mvam_fast.encoders import OPEN_CLIP_CONFIG
 from mvam_fast.factory import open_clip_with_own_configs
 from mvam_fast.files import read_json
-from mvam_fast.model import MVAM, MVAM_CONFIG, WEIGHTS
+from mvam_fast.model import MVAM
+from mvam_fast.model_folder import MVAM_CONFIG, WEIGHTS
 from mvam_fast.preprocess import TOKENIZER_KEYS, tokenizer_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

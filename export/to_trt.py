@@ -40,7 +40,7 @@ from mvam_fast.export.trt_library import Missing, find, here
 from mvam_fast.export.trt_settings import HARDWARE, Settings, profiles_for
 
 from mvam_fast.encoders import OPEN_CLIP_CONFIG
-from mvam_fast.model import MVAM_CONFIG
+from mvam_fast.model_folder import MVAM_CONFIG
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 _ONNX_ONLY = ("kind", "towers", "graphs", "parity", "files", "recall", "half_arithmetic", "created", "versions")

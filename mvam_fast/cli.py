@@ -77,7 +77,7 @@ def _add_scenes(commands) -> None:
 
 
 def _add_train(commands) -> None:
-    from .retrieval.training.config import TrainConfig, read_config, value_type
+    from .retrieval.training.config import TrainConfig, from_flag, read_config
 
     def run(options):
         from .retrieval.training.train import train
@@ -100,7 +100,7 @@ def _add_train(commands) -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=about)
         else:
             about += "" if field.metadata.get("required") else f" (default: {field.default})"
-            parser.add_argument(flag, type=value_type(field), default=argparse.SUPPRESS, help=about)
+            parser.add_argument(flag, type=from_flag(field), default=argparse.SUPPRESS, help=about)
 
 
 def _data_arguments(parser) -> None:

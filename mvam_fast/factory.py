@@ -9,7 +9,8 @@ from . import hf_files
 from ._optional import require
 from .encoders import OPEN_CLIP_CONFIG
 from .files import read_json
-from .model import MVAM, MVAM_CONFIG, OPEN_CLIP_ENCODER, settings_of
+from .model import MVAM
+from .model_folder import MVAM_CONFIG, OPEN_CLIP_ENCODER, settings_of
 from .preprocess import tokenizer_of
 
 

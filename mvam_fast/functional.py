@@ -123,7 +123,8 @@ def diversity_loss(gram: Tensor, kind: str = "frobenius", reduction: str = "mean
         kind: per sample
             "frobenius"  ‖G − I‖²_F: the paper's A·Aᵀ − I, squared
             "norm"       ‖G − I‖_F, with a zero (not infinite) gradient where G = I
-            "offdiag"    Σ_{i≠j} G_ij²: does not ask for one-hot attention, as the diagonal of "frobenius" does
+            "offdiag"    Σ_{i≠j} G_ij²: does not ask for one-hot attention, as the diagonal of "frobenius" does,
+                         but flat attention lowers it as well as disjoint does
             "cosine"     ‖Ĝ − I‖²_F with Ĝ_ij = G_ij / sqrt(G_ii G_jj): overlap of the attentions' shapes, scale free
         reduction: "mean" over the batch, "sum", or "none" for [B]. The mean of an empty batch is 0.
 

@@ -18,8 +18,9 @@ class MVAMLoss(nn.Module):
     samples: data-parallel averaging of gradients then gives the mean over the global batch.
 
     Args:
-        diversity_weight: λ ≥ 0. 0.01 costs no recall on this project's own benchmark; large values (≥ 0.1 for
-            "frobenius") push every view onto a single token.
+        diversity_weight: λ ≥ 0. The default is 0, the contrastive loss alone: in this project's own ablation
+            (docs/results.md) views were kept apart by every λ above 0 of "frobenius", the paper's form, and no λ of any
+            kind gained recall. 0.01 cost little; 0.1 pushes views onto single tokens and cost much.
         kind: see `mvam_fast.diversity_loss`.
         towers: whose views are kept apart, "both", "image" or "text".
         local_loss, gather_with_grad, rank, world_size: passed to `open_clip.ClipLoss`.
@@ -29,7 +30,7 @@ class MVAMLoss(nn.Module):
 
     def __init__(
         self,
-        diversity_weight: float = 0.01,
+        diversity_weight: float = 0.0,
         kind: str = "frobenius",
         *,
         towers: str = "both",

@@ -27,7 +27,8 @@ from .factory import create_model_and_transforms
 from .files import atomic
 from .functional import DIVERSITY_KINDS
 from .loss import MVAMLoss
-from .model import MVAM, MVAM_CONFIG, WEIGHTS
+from .model import MVAM
+from .model_folder import MVAM_CONFIG, WEIGHTS
 from .pooling import SCORINGS
 
 
@@ -40,7 +41,7 @@ class Settings:
     scoring: str = "dot"
     key_dim: int | None = None
     backend: str = "auto"
-    diversity_weight: float = 0.01
+    diversity_weight: float = 0.0
     diversity_kind: str = "frobenius"
 
 

@@ -67,6 +67,21 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         cli.main(["train", "--data", "d.json", "--images", "i", "--out", "o"])
 
 
+def test_a_flag_takes_back_what_the_file_says(monkeypatch, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("max_width: 2000\nhead_lr: 1e-3\nval_images: v\n")
+    found = []
+    monkeypatch.setattr(train_module, "train", found.append)
+    command = ["train", "--config", str(tmp_path / "config.yaml")]
+    cli.main([*command, "--max-width", "none", "--head-lr", "none", "--val-images", "none"])
+    cli.main(command)
+    assert [(c.max_width, c.head_lr, c.val_images) for c in found] == [(None, None, None), (2000, 1e-3, "v")]
+    for wrong in (["--max-width", "wide"], ["--steps", "none"]):
+        with pytest.raises(SystemExit):
+            cli.main([*command, *wrong])
+    refused = capsys.readouterr().err
+    assert "invalid int (or none) value: 'wide'" in refused and "invalid int value: 'none'" in refused
+
+
 def test_only_the_warning_of_random_weights_is_silent(monkeypatch, caplog):
     def warn(config):
         logging.warning("No pretrained weights loaded for model 'x'. Model initialized randomly.")

@@ -110,7 +110,7 @@ def test_their_parameters_are_trained_with_the_model():
     assert {"image_tower.patches.weight", "text_tower.words.weight", "clip.logit_scale"} <= {
         name for name, _ in model.named_parameters()
     }
-    MVAMLoss()(**model(IMAGES, IDS)).backward()
+    MVAMLoss(0.01)(**model(IMAGES, IDS)).backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
     assert model.no_weight_decay() == {"image_pool.codes", "text_pool.codes", "image_tower.norm.weight"}
     twin = copy.deepcopy(model)

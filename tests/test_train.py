@@ -71,7 +71,7 @@ def test_resuming_repeats_the_uninterrupted_run(changes, data, tmp_path, monkeyp
 
 def test_a_kill_leaves_the_last_checkpoint_whole(data, tmp_path):
     """SIGKILL in the middle of a run that saves at every step; then it finishes with the right losses. Ten such runs:
-    tests/test_train_kit.py."""
+    tests/test_train_failures.py."""
     train(config(data, tmp_path / "whole", steps=30, save_every=1), progress=False)
     settings = config(data, tmp_path / "killed", steps=30, save_every=1, resume=True)
     module = "mvam_fast.retrieval.training.train"

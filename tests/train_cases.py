@@ -1,8 +1,11 @@
 """Small trainings, as several test files run them."""
 import json
 
+import pytest
 from safetensors.torch import load_file
 
+from mvam_fast.retrieval.evaluation.metrics import recall_metrics
+from mvam_fast.retrieval.training import train as train_module
 from mvam_fast.retrieval.training.config import TrainConfig
 
 
@@ -23,3 +26,32 @@ def rows(out):
 
 def weights(out):
     return load_file(out / "model/model.safetensors")
+
+
+def kit_config(data, out, **changes):
+    return config(data, out, **{"save_every": 100, "tensorboard": False, "diversity_weight": 0.1, **changes})
+
+
+def dying_at(patch, step):
+    """Training dies as it takes this step."""
+    asked = train_module.rate_at
+
+    def rate(config, now):
+        if now == step:
+            raise KeyboardInterrupt
+        return asked(config, now)
+
+    patch.setattr(train_module, "rate_at", rate)
+
+
+def falling_recall(patch, values):
+    found = iter(values)
+    patch.setattr(train_module, "recall_metrics", lambda *features: {**recall_metrics(*features), "rsum": next(found)})
+
+
+def assert_same_run(out, expected, rtol):
+    for row, other in zip(rows(out), rows(expected), strict=True):
+        assert row.keys() == other.keys()
+        for name in other:
+            if "loss" in name or name in ("logit_scale", "lr") or name.endswith("overlap"):
+                assert row[name] == pytest.approx(other[name], rel=rtol), (other["step"], name)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..export.bundle import MANIFEST, TOWERS, check_files, read_manifest
-from ..model import MVAM_CONFIG
+from ..model_folder import MVAM_CONFIG
 from .aoti_runner import AotiRunner
 from .buckets import Padded, check_buckets
 from .choice import CHECKPOINT, Choice, check_backend, choose

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..export.bundle import INPUT_NAMES, OUTPUT_NAMES
 from ..export.source import of_model
-from ..model import MVAM, WEIGHTS
+from ..model import MVAM
+from ..model_folder import WEIGHTS
 
 
 class TorchRunner:

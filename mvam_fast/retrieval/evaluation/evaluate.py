@@ -7,7 +7,7 @@ import torch
 
 from ..._optional import require
 from ...files import atomic, write_json
-from ...model import WEIGHTS
+from ...model_folder import WEIGHTS
 from ...version import __version__
 from ..data.datasets import ImageStore, open_dataset
 from .embedding import embed, embed_dataset

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..._optional import require
 from ...files import read_json, write_json
-from ...model import MVAM, WEIGHTS, load_weights
+from ...model import MVAM
+from ...model_folder import WEIGHTS, load_weights
 
 AVERAGE = "average.safetensors"  # the exponential moving average of the weights, where the run keeps one
 _WHOLE, _TEMPORARY = re.compile(r"step-(\d+)"), re.compile(r"\.step-\d+\.\d+")

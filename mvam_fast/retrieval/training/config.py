@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class TrainConfig:
     early_stopping: int = _option(0, "evaluations without a better RSUM after which to stop; keeps the best model")
 
     loss: str = _option("auto", "clip (softmax), siglip (sigmoid), or auto: siglip if the model has a bias for it")
-    diversity_weight: float = _option(0.01, "weight of the diversity loss of each tower")
+    diversity_weight: float = _option(0.0, "weight of the diversity loss of each tower")
     diversity_kind: str = _option("frobenius", "one of " + ", ".join(DIVERSITY_KINDS))
     diversity_towers: str = _option("both", "one of " + ", ".join(DIVERSITY_TOWERS))
     diversity_schedule: str = _option("constant", "of the weight: constant, rise (from 0) or fall (to 0), linearly")
@@ -158,6 +159,19 @@ def flags_of(config: TrainConfig) -> list[str]:
 def value_type(option: dataclasses.Field) -> type:
     """What a field holds when it is not None."""
     return option.metadata.get("kind") or (str if option.default is None else type(option.default))
+
+
+def from_flag(option: dataclasses.Field) -> Callable:
+    """What reads a flag's text. "none" is None where the default is, which takes back what the file says."""
+    kind = value_type(option)
+    if option.default is not None:
+        return kind
+
+    def read(text: str):
+        return None if text == "none" else kind(text)
+
+    read.__name__ = f"{kind.__name__} (or none)"  # what argparse calls a value that it refuses
+    return read
 
 
 def _typed(option: dataclasses.Field, value, path):
