@@ -65,7 +65,7 @@ class TrainConfig:
     early_stopping: int = _option(0, "evaluations without a better RSUM after which to stop; keeps the best model")
 
     loss: str = _option("auto", "clip (softmax), siglip (sigmoid), or auto: siglip if the model has a bias for it")
-    diversity_weight: float = _option(0.0, "weight of the diversity loss of each tower")
+    diversity_weight: float = _option(0.0, "weight of the diversity loss of each tower; see docs/results.md")
     diversity_kind: str = _option("frobenius", "one of " + ", ".join(DIVERSITY_KINDS))
     diversity_towers: str = _option("both", "one of " + ", ".join(DIVERSITY_TOWERS))
     diversity_schedule: str = _option("constant", "of the weight: constant, rise (from 0) or fall (to 0), linearly")
