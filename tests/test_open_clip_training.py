@@ -89,7 +89,7 @@ def images(count=3):
 )
 def test_it_trains_evaluates_saves_and_converts(own, passed_on, data, tmp_path, seen):
     command = arguments(data, tmp_path, "--val-data", str(data / "val.csv"), *passed_on.split(), epochs=2)
-    assert main([*own.split(), "--", *command]) == 0
+    assert main([*own.split(), "--diversity-weight", "0.01", "--", *command]) == 0
     rows = [json.loads(row) for row in (tmp_path / "run/checkpoints/results.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2] and all(0 <= row["text_to_image_R@5"] <= 1 for row in rows)
     log = (tmp_path / "run/out.log").read_text()

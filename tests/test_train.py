@@ -25,7 +25,8 @@ def data(tmp_path_factory):
 
 
 def test_it_learns_and_leaves_a_model_and_a_log(data, tmp_path):
-    model = train(config(data, tmp_path / "run", steps=40, save_every=100, eval_every=20), progress=False)
+    changes = {"steps": 40, "save_every": 100, "eval_every": 20, "diversity_weight": 0.01}
+    model = train(config(data, tmp_path / "run", **changes), progress=False)
     assert model == tmp_path / "run/model" and MVAM.from_pretrained(model).num_views == 2
     log = rows(tmp_path / "run")
     losses = [row["loss"] for row in log if "loss" in row]
